@@ -1,0 +1,38 @@
+# The developer's interface. Every verb does its own set-up.
+
+python := .venv/bin/python
+# Mounting needs root. Without root and without sudo the suite runs all the same, and says what it could not do.
+sudo := $(if $(filter 0,$(shell id -u)),,$(shell command -v sudo))
+# More arguments for pytest, as in: make test PYTEST_ARGS='-k rename -x'
+PYTEST_ARGS :=
+
+.PHONY: help setup demo test test-lowest check lint clean
+
+help: ## list the verbs
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## install what is missing: system packages, .venv, the package in it
+	@scripts/setup
+
+demo: setup ## mount a container root of three layers, work in it, compare with kernel overlayfs
+	@$(python) -m scripts.demo
+
+test: setup ## run the whole test suite (as root: mounting needs it)
+	$(sudo) $(python) -m pytest $(PYTEST_ARGS)
+
+test-lowest: ## the same with the oldest versions of every dependency that pyproject.toml admits
+	scripts/setup --lowest
+	$(sudo) .venv-lowest/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: setup ## formatting, ruff, strict types
+	$(python) -m ruff format --check
+	$(python) -m ruff check
+	$(python) -m mypy
+
+check: lint ## lint, floors, unit and union tests: the quick round before a commit
+	$(sudo) $(python) -m pytest $(PYTEST_ARGS) tests/unit tests/union
+
+clean: ## remove everything the other verbs made
+	@# Tests that ran under sudo leave files of root behind.
+	$(sudo) rm -rf .venv .venv-lowest .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -prune -exec $(sudo) rm -rf {} +

@@ -1,0 +1,148 @@
+"""Fixtures of the mount tests; the machinery is in `tests.harness`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import harness
+from tests.harness import (
+    MODES,
+    REFERENCE,
+    Daemon,
+    DaemonFactory,
+    FuseOverlayFS,
+    Layers,
+    LogPolicy,
+    Mode,
+    Mount,
+    MountFactory,
+    OverlayFS,
+)
+
+#: A hung mount is forced off so long before pytest gives the test up.
+_MARGIN = 15.0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--mode",
+        action="append",
+        choices=[str(mode) for mode in (*MODES, REFERENCE)],
+        help="run the mount tests over this mode only; may be repeated (default: every mode but the reference)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "deviates: the kernel's overlayfs does otherwise; docs/deviations.md says why")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "mode" in metafunc.fixturenames:
+        wanted = metafunc.config.getoption("mode")
+        modes = [mode for mode in (*MODES, REFERENCE) if str(mode) in wanted] if wanted else list(MODES)
+        metafunc.parametrize("mode", modes, ids=str)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Over the reference, leave out what it is known to do otherwise."""
+    skipped = [item for item in items if item.get_closest_marker("deviates") and str(REFERENCE) in item.nodeid]
+    if skipped:
+        config.hook.pytest_deselected(items=skipped)
+        items[:] = [item for item in items if item not in skipped]
+
+
+@pytest.fixture
+def disk() -> Iterator[Path]:
+    """An empty directory on a real disk, open to every user; gone after the test with all that was mounted in it."""
+    if os.geteuid() != 0:
+        pytest.fail("the mount tests mount file systems: run them as root")
+    root = Path(tempfile.mkdtemp(prefix="unionfsd-", dir=harness.DISK))
+    root.chmod(0o755)
+    yield root
+    harness.remove(root)
+
+
+@pytest.fixture
+def layers(disk: Path) -> Layers:
+    """One empty lower, an upper and a work directory."""
+    return Layers(disk)
+
+
+@pytest.fixture
+def plain(disk: Path) -> Path:
+    """A directory on the same disk without a union over it: what a test does there is the answer to expect."""
+    directory = disk / "plain"
+    directory.mkdir()
+    return directory
+
+
+@pytest.fixture
+def log_policy() -> LogPolicy:
+    return LogPolicy()
+
+
+@pytest.fixture
+def expect_warning(log_policy: LogPolicy) -> Callable[[str], None]:
+    """Declare that the daemon must log a line that matches a regular expression."""
+    return log_policy.expect
+
+
+@pytest.fixture
+def mounted(
+    request: pytest.FixtureRequest, mode: Mode, layers: Layers, log_policy: LogPolicy
+) -> Iterator[MountFactory]:
+    """Mount `layers` (or others) in this test's mode; unmounted and checked after the test."""
+    patience = _timeout(request) - _MARGIN
+    default = layers
+    with contextlib.ExitStack() as stack:
+
+        def mount(*options: str, layers: Layers | None = None, upper: bool = True) -> Mount:
+            if mode == REFERENCE:
+                return stack.enter_context(OverlayFS(layers or default, *options, upper=upper))
+            daemon = Daemon(
+                layers or default, [*mode.options, *options], upper=upper, log_policy=log_policy, patience=patience
+            )
+            return stack.enter_context(daemon)
+
+        yield mount
+
+
+def _timeout(request: pytest.FixtureRequest) -> float:
+    marker = request.node.get_closest_marker("timeout")
+    return float(marker.args[0] if marker else request.config.getini("timeout"))
+
+
+@pytest.fixture
+def daemon(mode: Mode, mounted: DaemonFactory) -> DaemonFactory:
+    """The same as `mounted`, for tests that look at the daemon's process."""
+    return mounted
+
+
+@pytest.fixture
+def overlayfs(layers: Layers) -> Iterator[MountFactory]:
+    """Mount layers with the kernel's overlayfs, to compare."""
+    with _peer(OverlayFS, layers) as factory:
+        yield factory
+
+
+@pytest.fixture
+def fuse_overlayfs(layers: Layers) -> Iterator[MountFactory]:
+    """Mount layers with fuse-overlayfs, to compare."""
+    with _peer(FuseOverlayFS, layers) as factory:
+        yield factory
+
+
+@contextlib.contextmanager
+def _peer(kind: type[OverlayFS | FuseOverlayFS], default: Layers) -> Iterator[MountFactory]:
+    with contextlib.ExitStack() as stack:
+
+        def mount(*options: str, layers: Layers | None = None, upper: bool = True) -> Mount:
+            return stack.enter_context(kind(layers or default, *options, upper=upper))
+
+        yield mount

@@ -1,0 +1,430 @@
+"""What the mount tests are made with: layers on a real disk, daemons and peers mounted over them, other users.
+
+Rules this file obeys:
+
+- A test never serves a mount from its own process: a page fault on one's own mount, taken with the interpreter locked,
+  hangs for good. The daemon is always a subprocess.
+- Whatever was mounted is gone after the test. A mount that does not answer is forced off by a watchdog in a process of
+  its own, for a system call that waits for a dead daemon cannot be interrupted from inside.
+- After each daemon: it exited 0, logged nothing that the test did not declare, left no litter in the work directory,
+  and changed nothing in any lower.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple, Protocol, Self, TypeVar
+
+from tests.trees import fingerprint
+
+T = TypeVar("T")
+
+PROJECT: Final = Path(__file__).resolve().parent.parent
+
+#: Where layers are built: on a disk with xattrs, ACLs, holes and whiteouts; /tmp may be a tmpfs.
+DISK: Final = Path(os.environ.get("UNIONFSD_TEST_DIR", "/var/tmp"))
+
+#: An ordinary user, unknown to the system, for tests of access.
+USER: Final = 54321
+GROUP: Final = 54322
+
+
+class Mode(NamedTuple):
+    """How a union is mounted: the daemon's transport and io mode, or the kernel's own overlayfs as the reference."""
+
+    transport: str
+    io: str
+
+    def __str__(self) -> str:
+        return f"{self.transport}-{self.io}"
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        return (f"transport={self.transport}", f"io={self.io}")
+
+
+#: Every mount test runs over each of these.
+MODES: Final = (Mode("pyfuse3", "cached"), Mode("channel", "cached"))
+
+#: Not a mode of the daemon: `--mode overlayfs-kernel` holds what the tests expect against the kernel's overlayfs.
+REFERENCE: Final = Mode("overlayfs", "kernel")
+
+
+def run(*command: str | Path, seconds: float = 30) -> str:
+    """Output of a command that must succeed."""
+    argv = [str(part) for part in command]
+    done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds, check=False)
+    text = done.stdout.decode(errors="replace")
+    assert done.returncode == 0, f"{' '.join(argv)}: exit {done.returncode}: {text}"
+    return text
+
+
+# Layers.
+
+
+class Layers:
+    """The directories of one union under `root`: `lowers` top first, `upper`, `work`, and `mnt` to mount it on.
+
+    Upper and work may be put elsewhere, on a file system of their own, by `upper_root`.
+    """
+
+    def __init__(self, root: Path, *, lowers: Sequence[Path] = (), upper_root: Path | None = None) -> None:
+        self.root = root
+        self.upper = (upper_root or root) / "upper"
+        self.work = (upper_root or root) / "work"
+        self.mnt = root / "mnt"
+        self.lowers = list(lowers)
+        for directory in (self.upper, self.work, self.mnt):
+            directory.mkdir(exist_ok=True)
+        if not self.lowers:
+            self.push()
+
+    @property
+    def lower(self) -> Path:
+        """The topmost lower."""
+        return self.lowers[0]
+
+    def push(self) -> Path:
+        """A new, empty lower on top of the others."""
+        lower = self.root / f"lower{len(self.lowers)}"
+        lower.mkdir()
+        self.lowers.insert(0, lower)
+        return lower
+
+    def options(self, *, upper: bool = True) -> str:
+        """The layers as a string of mount options."""
+        text = "lowerdir=" + ":".join(map(str, self.lowers))
+        return f"{text},upperdir={self.upper},workdir={self.work}" if upper else text
+
+    def copy(self, name: str) -> Layers:
+        """A second set of layers with the same content in every respect, beneath this one's root."""
+        root = self.root / name
+        root.mkdir()
+        for directory in (*self.lowers, self.upper):
+            run("cp", "-a", directory, root / directory.name)
+        return Layers(root, lowers=[root / lower.name for lower in self.lowers])
+
+
+# Mounts.
+
+
+def mounts() -> list[Path]:
+    """All mountpoints, in the order of mounting."""
+    lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    return [Path(os.fsdecode(_unescape(line.split()[4]))) for line in lines]
+
+
+def _unescape(text: bytes) -> bytes:
+    return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), text)
+
+
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
+    """Poll until `condition` holds; fails with `what` when it does not come true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"after {seconds} s: {what}"
+        time.sleep(0.01)
+
+
+class Mount:
+    """A union mounted on `layers.mnt`, for as long as `with` lasts; `mount / name` is a path in it."""
+
+    def __init__(self, layers: Layers) -> None:
+        self.layers = layers
+        self.path = layers.mnt
+
+    def __truediv__(self, name: str | bytes) -> Path:
+        return self.path / os.fsdecode(name)
+
+    def mount(self) -> None:
+        raise NotImplementedError
+
+    def unmount(self) -> None:
+        """Unmount the ordinary way; whatever was still held open fails it."""
+        run("umount", self.path)
+
+    def remount(self) -> None:
+        """Unmount and mount again: nothing stays cached."""
+        self.unmount()
+        self.mount()
+
+    @property
+    def mounted(self) -> bool:
+        return self.path in mounts()
+
+    def __enter__(self) -> Self:
+        self.mount()
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, *rest: object) -> None:
+        try:
+            if self.mounted:
+                self.unmount()
+        finally:
+            self.detach()
+
+    def detach(self) -> None:
+        """Take the mount away whatever state it is in: requests in flight fail, open files become useless."""
+        while self.mounted:
+            run("umount", "--force", "--lazy", self.path)
+
+
+class OverlayFS(Mount):
+    """The kernel's overlayfs over the same layers."""
+
+    def __init__(self, layers: Layers, *options: str, upper: bool = True) -> None:
+        super().__init__(layers)
+        self._options = ",".join([layers.options(upper=upper), *options])
+
+    def mount(self) -> None:
+        run("mount", "-t", "overlay", "overlay", "-o", self._options, self.path)
+
+
+class FuseOverlayFS(Mount):
+    """fuse-overlayfs over the same layers."""
+
+    def __init__(self, layers: Layers, *options: str, upper: bool = True) -> None:
+        super().__init__(layers)
+        self._options = ",".join([layers.options(upper=upper), *options])
+
+    def mount(self) -> None:
+        run("fuse-overlayfs", "-o", self._options, self.path)
+
+
+class MountFactory(Protocol):
+    """Mounts the layers of the test, or others, with more options; `upper` false makes a read-only union."""
+
+    def __call__(self, *options: str, layers: Layers | None = None, upper: bool = True) -> Mount: ...
+
+
+class LogPolicy:
+    """Which lines of a daemon's log may be more than information; any other line that is fails the test."""
+
+    _QUIET: Final = re.compile(r"unionfsd: (info|debug): ")
+
+    def __init__(self) -> None:
+        self._declared: dict[str, bool] = {}
+
+    def expect(self, pattern: str) -> None:
+        """Declare a warning that must come: a line that matches the regular expression `pattern`."""
+        self._declared[pattern] = False
+
+    def undeclared(self, lines: Iterable[str]) -> list[str]:
+        """The loud lines that nobody declared."""
+        return [line for line in lines if not self._expected(line) and not self._QUIET.match(line)]
+
+    def missing(self) -> list[str]:
+        """The declared patterns that no line matched."""
+        return [pattern for pattern, seen in self._declared.items() if not seen]
+
+    def _expected(self, line: str) -> bool:
+        matches = [pattern for pattern in self._declared if re.search(pattern, line)]
+        self._declared.update(dict.fromkeys(matches, True))
+        return bool(matches)
+
+
+class Watchdog:
+    """A process that runs a shell command unless it is called off within `seconds`."""
+
+    def __init__(self, seconds: float, command: str) -> None:
+        script = f"timeout {seconds} cat >/dev/null && exit 0; {command}; exit 1"
+        self._shell = subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE)
+
+    def call_off(self) -> bool:
+        """Whether it had not run yet. With the pipe closed, `cat` ends and the shell with it."""
+        assert self._shell.stdin is not None
+        self._shell.stdin.close()
+        return self._shell.wait() == 0
+
+
+class Daemon(Mount):
+    """unionfsd over the layers, in front (`-f`), its log in a file."""
+
+    def __init__(
+        self,
+        layers: Layers,
+        options: Sequence[str] = (),
+        *,
+        upper: bool = True,
+        log_policy: LogPolicy | None = None,
+        patience: float = 60,
+    ) -> None:
+        super().__init__(layers)
+        self._options = [layers.options(upper=upper), *options]
+        self._policy = log_policy or LogPolicy()
+        self._lowers: dict[Path, dict[bytes, tuple[object, ...]]] = {}
+        self._patience = patience
+        self._process: subprocess.Popen[bytes] | None = None
+        self._watchdog: Watchdog | None = None
+        self.log = layers.root / "unionfsd.log"
+        self.killed = False
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def mount(self) -> None:
+        if not self._lowers:
+            self._lowers = {lower: fingerprint(lower) for lower in self.layers.lowers}
+        command = [sys.executable, "-m", "unionfsd", "-f", "-o", ",".join(self._options), str(self.path)]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", env=_daemon_environment()
+            )
+        self._watchdog = Watchdog(self._patience, f"kill -KILL {self.pid}; umount --force --lazy '{self.path}'")
+        wait_for(lambda: self.mounted or self._exited, "not mounted")
+        assert not self._exited, f"the daemon did not mount: {self.log.read_text()}"
+        os.stat(self.path)
+
+    @property
+    def _exited(self) -> bool:
+        return self._process is None or self._process.poll() is not None
+
+    def unmount(self) -> None:
+        super().unmount()
+        assert self._process is not None
+        assert self._process.wait(10) == 0, f"exit {self._process.returncode}: {self.log.read_text()}"
+        self._call_off()
+
+    def kill(self) -> None:
+        """End the daemon the hard way; the mount stays, dead."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+        self._call_off()
+        self.killed = True
+
+    def fds(self) -> int:
+        """Descriptors the daemon has open."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def resident(self) -> int:
+        """Resident memory of the daemon in bytes."""
+        return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    def detach(self) -> None:
+        super().detach()
+        if not self._exited:
+            assert self._process is not None
+            self._process.kill()
+            self._process.wait()
+        self._call_off()
+
+    def _call_off(self) -> None:
+        watchdog, self._watchdog = self._watchdog, None
+        if watchdog is not None:
+            assert watchdog.call_off(), f"the mount hung: {self.log.read_text()}"
+
+    def __exit__(self, exc_type: type[BaseException] | None, *rest: object) -> None:
+        super().__exit__(exc_type, *rest)
+        if exc_type is None:
+            self.check()
+
+    def check(self) -> None:
+        """What holds after every daemon that ended as it should."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        loud = self._policy.undeclared(lines)
+        assert not loud, "undeclared in the daemon's log:\n" + "\n".join(lines)
+        assert not self._policy.missing(), f"no line of the log matches {self._policy.missing()}"
+        for lower, before in self._lowers.items():
+            assert fingerprint(lower) == before, f"{lower} was changed"
+        if not self.killed:
+            assert litter(self.layers.work) == []
+
+
+def _daemon_environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(PROJECT), "PYTHONFAULTHANDLER": "1"}
+
+
+def litter(work: Path) -> list[str]:
+    """What is left staged in a work directory; the mark of a volatile mount is meant to stay."""
+    stage = work / "work"
+    return sorted(set(os.listdir(stage)) - {"incompat"}) if stage.exists() else []
+
+
+class DaemonFactory(Protocol):
+    """A `MountFactory` for tests that look at the daemon."""
+
+    def __call__(self, *options: str, layers: Layers | None = None, upper: bool = True) -> Daemon: ...
+
+
+# Other users.
+
+
+def in_child(fn: Callable[[], T], *, uid: int = 0, gid: int = 0, groups: Sequence[int] = (), umask: int = 0o022) -> T:
+    """Result of `fn` in a forked child with those credentials; what it raises is raised here."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        _child(fn, writer, uid, gid, groups, umask)
+    os.close(writer)
+    try:
+        with os.fdopen(reader, "rb") as pipe:
+            raw = pipe.read()
+    except BaseException:
+        os.kill(pid, signal.SIGKILL)
+        raise
+    finally:
+        _, status = os.waitpid(pid, 0)
+    assert raw, f"the child ended with wait status {status}"
+    good, value = pickle.loads(raw)
+    if good:
+        result: T = value
+        return result
+    raise value
+
+
+def _child(fn: Callable[[], Any], writer: int, uid: int, gid: int, groups: Sequence[int], umask: int) -> None:
+    try:
+        os.setgroups(groups)
+        os.setresgid(gid, gid, gid)
+        os.setresuid(uid, uid, uid)
+        os.umask(umask)
+        outcome = (True, fn())
+    except BaseException as exc:  # the parent raises it
+        outcome = (False, exc)
+    with contextlib.suppress(BaseException), os.fdopen(writer, "wb") as pipe:
+        pipe.write(pickle.dumps(outcome))
+    os._exit(0)
+
+
+def as_user(fn: Callable[[], T], *, groups: Sequence[int] = (), umask: int = 0o022) -> T:
+    """Result of `fn` run by an ordinary user."""
+    return in_child(fn, uid=USER, gid=GROUP, groups=groups, umask=umask)
+
+
+# Disks.
+
+
+@contextlib.contextmanager
+def small_disk(root: Path, megabytes: int) -> Iterator[Path]:
+    """An ext4 of that size, mounted for as long as `with` lasts."""
+    image, mountpoint = root / "disk.img", root / "disk"
+    with image.open("wb") as file:
+        file.truncate(megabytes << 20)
+    run("mkfs.ext4", "-q", "-m", "0", image)
+    mountpoint.mkdir()
+    run("mount", "-o", "loop", image, mountpoint)
+    try:
+        yield mountpoint
+    finally:
+        run("umount", mountpoint)
+
+
+def remove(root: Path) -> None:
+    """Remove a tree of test layers, anything still mounted beneath it first."""
+    for mountpoint in reversed(mounts()):
+        if mountpoint.is_relative_to(root):
+            run("umount", "--force", "--lazy", mountpoint)
+    shutil.rmtree(root)

@@ -1,0 +1,247 @@
+"""The crash and the fault matrix: every operation is cut off at each of its system calls.
+
+Crash: a child process runs the operation and is gone in front of the nth call that changes a file system. Whoever
+mounts the layers next must find the view of before or that of after, and an empty work directory; kernel overlayfs must
+agree. Fault: the nth call fails instead, and the operation must clean up after itself in the same way.
+
+UNIONFSD_EVERY_CRASH=1 runs all pairs of states for operations on two names, not only those that differ in kind.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import itertools
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.union.client import UMASK, Client, union_snapshot
+from tests.union.scenarios import SINGLE, Operation, Scenario, double_scenarios, single_scenarios
+from tests.union.stack import Stack, has_kernel_overlayfs, scratch_directory
+from tests.union.trees import Tree, diff, settled, snapshot, timeless
+from unionfsd import syscalls
+
+CRASHED = 42
+EVERY = bool(os.environ.get("UNIONFSD_EVERY_CRASH"))
+SCENARIOS = [*single_scenarios(), *double_scenarios(every=EVERY)]
+KERNEL = has_kernel_overlayfs()
+
+#: A child forked here runs the operation alone; other threads, if a plugin has some, are not needed in it.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def umask() -> Iterator[None]:
+    before = os.umask(UMASK)
+    yield
+    os.umask(before)
+
+
+class Seam:
+    """Counts the calls of `syscalls.MUTATING` and does `event` instead of the one with that index, from 0."""
+
+    def __init__(self, index: int, event: Callable[[], Any]) -> None:
+        self.calls: list[str] = []
+        self._index = index
+        self._event = event
+        self._patch = pytest.MonkeyPatch()
+
+    def __enter__(self) -> Seam:
+        for name in syscalls.MUTATING:
+            self._patch.setattr(syscalls, name, self._wrapped(name, getattr(syscalls, name)))
+        return self
+
+    def _wrapped(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.calls.append(name)
+            if len(self.calls) == self._index + 1:
+                self._event()
+            return function(*args, **kwargs)
+
+        return call
+
+    def __exit__(self, *exc: object) -> None:
+        self._patch.undo()
+
+
+def nothing() -> None:
+    """The event of a run that is only counted."""
+
+
+def attempt(operation: Operation, client: Client) -> int:
+    """errno of the operation, 0 when it succeeded."""
+    try:
+        operation(client)
+    except OSError as exc:
+        return exc.errno or -1
+    return 0
+
+
+class Case:
+    """One scenario: its layers built afresh as often as needed, and the views before and after."""
+
+    def __init__(self, scenario: Scenario, scratch: bytes) -> None:
+        self.scenario = scenario
+        self.scratch = scratch
+        self.built = 0
+        self.since_ns = time.time_ns() - 10**9
+        self.verified: list[Tree] = []
+        stack = self.stack()
+        self.before = self.view(stack)
+        with Seam(-1, nothing) as seam:
+            union = stack.union()
+            mounting = len(seam.calls)
+            self.errno = attempt(scenario.operation, Client(union))
+            self.calls = seam.calls[mounting:]
+            union.close()
+        self.after = self.view(stack)
+
+    def stack(self) -> Stack:
+        path = self.scratch + b"/%d" % self.built
+        self.built += 1
+        os.mkdir(path)
+        return Stack(path, [self.scenario.lower], self.scenario.upper)
+
+    def view(self, stack: Stack) -> Tree:
+        """What the next mount shows; it must have swept the work directory, and kernel overlayfs must agree."""
+        union = stack.union()
+        seen = union_snapshot(union)
+        union.close()
+        assert stack.litter() == []
+        assert stack.upper is not None
+        raw = settled(snapshot(stack.upper), self.since_ns)
+        if KERNEL and raw not in self.verified:
+            assert diff(seen, stack.kernel_tree()) == []
+            self.verified.append(raw)
+        return self.comparable(seen)
+
+    def comparable(self, tree: Tree) -> Tree:
+        return timeless(settled(tree, self.since_ns))
+
+    def must_be_whole(self, seen: Tree, where: str) -> None:
+        """The view is the one before or the one after."""
+        if seen not in (self.before, self.after):
+            changes = "\n".join(["against before:", *diff(seen, self.before), "after:", *diff(seen, self.after)])
+            pytest.fail(f"{where} of {self.calls}:\n{changes}")
+
+
+@pytest.fixture
+def scratch() -> Iterator[bytes]:
+    with scratch_directory() as path:
+        yield path
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Exit status of a child that does `work`."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    status = 70
+    try:
+        work()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def crash(stack: Stack, operation: Operation, index: int) -> int:
+    """Mount and run the operation in a child that is gone in front of its call `index`."""
+
+    def work() -> None:
+        client = Client(stack.union())
+        with Seam(index, lambda: os._exit(CRASHED)):
+            attempt(operation, client)
+
+    return in_child(work)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+def test_crash(scenario: Scenario, scratch: bytes) -> None:
+    case = Case(scenario, scratch)
+    if case.errno:
+        assert case.after == case.before
+    for index in range(len(case.calls)):
+        stack = case.stack()
+        assert crash(stack, scenario.operation, index) == CRASHED
+        case.must_be_whole(case.view(stack), f"crash in front of call {index}")
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+def test_fault(scenario: Scenario, scratch: bytes) -> None:
+    case = Case(scenario, scratch)
+    for index in range(len(case.calls)):
+        number = errno.ENOSPC if index % 2 else errno.EIO
+        stack = case.stack()
+        union = stack.union()
+        with Seam(index, functools.partial(fail, number)):
+            got = attempt(scenario.operation, Client(union))
+        seen = case.comparable(union_snapshot(union))
+        litter = stack.litter()
+        union.close()
+        where = f"{errno.errorcode[number]} from call {index}"
+        case.must_be_whole(seen, where)
+        assert got in (number, case.errno), where
+        if got == 0:
+            assert seen == case.after, where
+        assert litter == [], where
+        assert case.view(stack) == seen, where
+
+
+def fail(number: int) -> None:
+    raise OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize("name", ["create", "mkdir", "unlink", "rmdir", "write"])
+def test_crash_of_the_recovery(name: str, scratch: bytes) -> None:
+    """Whoever mounts after a crash may crash as well, in front of each of its own calls."""
+    state = {"create": "whiteout", "mkdir": "whiteout", "rmdir": "merged directory, whited out"}.get(name, "lower file")
+    scenario = next(s for s in SCENARIOS if s.name == f"{name}, {state}, merged parent")
+    case = Case(scenario, scratch)
+    for index in range(len(case.calls)):
+        for second in itertools.count():
+            stack = case.stack()
+            assert crash(stack, scenario.operation, index) == CRASHED
+            status = in_child(functools.partial(mount, stack, second))
+            case.must_be_whole(case.view(stack), f"crash in front of call {index}, then {second} of the mount")
+            if status != CRASHED:
+                assert status == 0
+                break
+
+
+def mount(stack: Stack, index: int) -> None:
+    """Mount and crash in front of the mount's own call `index`."""
+    with Seam(index, lambda: os._exit(CRASHED)):
+        stack.union()
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_matrix_is_not_idle(name: str) -> None:
+    """Every operation of the matrix has a state from which it succeeds and changes something."""
+    assert any(map(is_effective, (s for s in SCENARIOS if s.name.startswith(f"{name}, "))))
+
+
+def is_effective(scenario: Scenario) -> bool:
+    with scratch_directory() as path:
+        case = Case(scenario, path)
+    return not case.errno and bool(case.calls) and case.before != case.after
+
+
+@pytest.mark.parametrize("volatile", [False, True])
+def test_copy_up_is_synced_before_it_is_published(scratch: bytes, volatile: bool) -> None:
+    """After a power failure, too, the name must not lead to a file whose data never reached the disk."""
+    scenario = next(s for s in SCENARIOS if s.name == "chmod, lower file, merged parent")
+    os.mkdir(scratch + b"/0")
+    union = Stack(scratch + b"/0", [scenario.lower], scenario.upper).union(volatile=volatile)
+    with Seam(-1, nothing) as seam:
+        scenario.operation(Client(union))
+    union.close()
+    publish = min(seam.calls.index(name) for name in ("renameat2", "link_fd", "link_at") if name in seam.calls)
+    synced = {"fsync", "fdatasync", "syncfs"} & set(seam.calls[:publish])
+    assert bool(synced) is not volatile, seam.calls

@@ -1,0 +1,44 @@
+"""sd_notify(3) against a real socket, of both kinds."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from unionfsd.systemd import notify
+
+
+def listener(address: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    sock.settimeout(5)
+    sock.bind(address)
+    return sock
+
+
+def test_assignments_arrive_as_one_datagram(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    with listener(str(tmp_path / "notify")) as sock:
+        assert notify("READY=1", "STATUS=grün")
+        assert sock.recv(1000).decode() == "READY=1\nSTATUS=grün"
+
+
+def test_an_at_sign_stands_for_an_abstract_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"unionfsd-test-{os.getpid()}"
+    monkeypatch.setenv("NOTIFY_SOCKET", "@" + name)
+    with listener("\0" + name) as sock:
+        assert notify("READY=1")
+        assert sock.recv(1000) == b"READY=1"
+
+
+def test_without_a_service_manager_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    assert not notify("READY=1")
+
+
+@pytest.mark.parametrize("address", ["", "relative", "/nonexistent/notify", "@unionfsd-nobody", "vsock:2:1234"])
+def test_an_address_that_nobody_listens_to_is_no_failure(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", address)
+    assert not notify("READY=1")

@@ -1,0 +1,54 @@
+"""POSIX access control lists as the kernel keeps them in xattrs, and what a new object inherits.
+
+Rules this file obeys: pure; the format is that of include/uapi/linux/posix_acl_xattr.h (version 2, little-endian), the
+inheritance that of posix_acl_create_masq in fs/posix_acl.c.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from typing import Final, NamedTuple
+
+_HEAD: Final = struct.Struct("<I")
+_ENTRY: Final = struct.Struct("<HHI")
+_VERSION: Final = 2
+
+_USER_OBJ: Final = 0x01
+_GROUP_OBJ: Final = 0x04
+_MASK: Final = 0x10
+_OTHER: Final = 0x20
+
+
+class Inherited(NamedTuple):
+    """What an object created in a directory with a default ACL starts with.
+
+    `mode`: its permission bits. `access`: value of its access ACL, None when the bits say it all.
+    """
+
+    mode: int
+    access: bytes | None
+
+
+def inherit(default: bytes, mode: int) -> Inherited:
+    """Apply the default ACL `default` (an xattr value) to the `mode` asked for, no umask; EIO for a damaged one."""
+    entries = _decode(default)
+    extended = len(entries) > 3
+    has_mask = any(tag == _MASK for tag, _, _ in entries)
+    shifts = {_USER_OBJ: 6, _MASK if has_mask else _GROUP_OBJ: 3, _OTHER: 0}
+    result = _HEAD.pack(_VERSION)
+    for tag, perm, who in entries:
+        shift = shifts.get(tag)
+        if shift is not None:
+            perm &= mode >> shift & 7
+            mode = mode & ~(7 << shift) | perm << shift
+        result += _ENTRY.pack(tag, perm, who)
+    return Inherited(mode, result if extended else None)
+
+
+def _decode(value: bytes) -> list[tuple[int, int, int]]:
+    body = len(value) - _HEAD.size
+    if body < 0 or body % _ENTRY.size or _HEAD.unpack_from(value)[0] != _VERSION:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return list(_ENTRY.iter_unpack(value[_HEAD.size :]))

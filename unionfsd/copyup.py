@@ -1,0 +1,307 @@
+"""Copy-up: the same object, in the upper.
+
+Rules this file obeys:
+
+- Copy-up changes nothing that a user can see. It is staged in work and published by one call; the parent's times are
+  put back. When it fails, the object stays where it was.
+- Ancestors by a loop, after the data is staged: a copy-up that runs out of space leaves no empty directories.
+- Everything comes along or the copy-up fails: data with its holes, owner, mode, times, xattrs, ACLs, capabilities.
+  What the upper cannot keep and nobody's security depends on is left out, and counted.
+- Data is on disk before its name is, unless the mount is volatile.
+- One copy-up of a node at a time: others wait at its gate.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+from . import format as fmt
+from . import syscalls
+from .fdcache import FdCache
+from .inodes import UPPER, DirNode, Node
+from .layers import LowerDir, xattr_names
+from .lookup import Resolver
+from .metrics import Counters
+from .steps import Blocking, Gate, Op
+from .syscalls import UTIME_NOW, Fd
+from .workdir import Staged, Workdir
+
+log = logging.getLogger(__name__)
+
+_CHUNK: Final = 1 << 20
+#: Files up to this size are copied without a thread where nothing has to be synced.
+_INLINE: Final = 64 * 1024
+_NO_COPY_RANGE: Final = {errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.ETXTBSY}
+_NO_CLONE: Final = _NO_COPY_RANGE | {errno.ENOTTY, errno.EISDIR, errno.EBADF}
+
+
+class CopyUp:
+    """Copies nodes up for one mount."""
+
+    def __init__(self, resolver: Resolver, work: Workdir, fds: FdCache, counters: Counters) -> None:
+        self._resolver = resolver
+        self._work = work
+        self._fds = fds
+        self._counters = counters
+
+    def directory(self, node: DirNode) -> int:
+        """See that `node` and all above it are in the upper; returns the number of the upper directory's fd."""
+        missing: list[DirNode] = []
+        at = node
+        while not at.entry.upper:
+            assert at.parent is not None
+            missing.append(at)
+            at = at.parent
+        for step in reversed(missing):
+            self._one_directory(step)
+        return self._resolver.upper_dir(node)
+
+    def node(self, node: Node, size: int | None = None) -> Op[None]:
+        """See that `node` is in the upper. With `size`, of a regular file only so many bytes, as if truncated now."""
+        while not node.entry.upper:
+            gate = None if node.open is None else node.open.gate
+            if gate is not None:
+                yield gate
+            elif isinstance(node, DirNode):
+                self.directory(node)
+            else:
+                yield from self._leaf(node, size)
+
+    def _one_directory(self, node: DirNode) -> None:
+        lower = node.entry.lowers[0]
+        source = lower.open(self._fds)
+        staged = self._work.stage_dir(0o700)
+        try:
+            metadata = read_metadata(source)
+            apply_metadata(staged.fd.fd, metadata)
+            self._record_origin(staged.fd.fd, lower, source, b"")
+            self._publish(staged, node)
+        except BaseException:
+            staged.abandon()
+            raise
+        node.own_entry(node.entry.copied_up(directory=True))
+        self._fds.admit(node.handle, staged.fd)
+
+    def _leaf(self, node: Node, size: int | None) -> Op[None]:
+        lower = node.entry.lowers[0]
+        with syscalls.open_object(lower.open(self._fds), node.name) as source:
+            metadata = read_metadata(source.fd)
+            if not stat.S_ISREG(metadata.st.st_mode):
+                self._special(node, lower, source, metadata)
+                return
+        yield from self._regular(node, lower, metadata, size)
+
+    def _special(self, node: Node, lower: LowerDir, source: Fd, metadata: Metadata) -> None:
+        mode, rdev = metadata.st.st_mode, metadata.st.st_rdev
+        if stat.S_ISLNK(mode):
+            staged = self._work.stage_symlink(syscalls.readlink(source.fd))
+        else:
+            staged = self._work.stage_node(mode, rdev)
+        try:
+            apply_metadata(staged.fd.fd, metadata)
+            self._record_origin(staged.fd.fd, lower, lower.open(self._fds), node.name)
+            self._finish(node, staged)
+        except BaseException:
+            staged.abandon()
+            raise
+
+    def _regular(self, node: Node, lower: LowerDir, metadata: Metadata, size: int | None) -> Op[None]:
+        state = node.state()
+        gate = state.gate = Gate()
+        try:
+            source = lower.layer.open_data(lower.open(self._fds), node.name)
+            staged = self._work.stage_file(0o600)
+            try:
+                self._record_origin(staged.fd.fd, lower, lower.open(self._fds), node.name)
+                fill = partial(_fill, staged.fd, source, metadata, size, sync=not self._work.volatile)
+                yield from self._run(fill, metadata.st.st_size)
+                # The gate kept the node a lower one; names and parents are looked at only from here on.
+                self._finish(node, staged)
+            except BaseException:
+                staged.abandon()
+                raise
+            self._fds.admit(state, staged.fd)
+            state.writable = True
+            self._counters.copy_ups += 1
+        finally:
+            state.gate = None
+            gate.open()
+
+    def _run(self, fill: Callable[[], int], size: int) -> Op[None]:
+        if self._work.volatile and size <= _INLINE:
+            self._counters.copied_bytes += fill()
+        else:
+            self._counters.copied_bytes += yield Blocking(fill)
+
+    def _finish(self, node: Node, staged: Staged) -> None:
+        """Publish under the name that `node` has now; one that has none lives on in its descriptor."""
+        if node.unlinked:
+            node.state().orphan = syscalls.reopen(staged.fd.fd, os.O_PATH)
+            staged.abandon()
+        else:
+            assert node.parent is not None
+            self.directory(node.parent)
+            self._publish(staged, node)
+        node.entry = UPPER
+
+    def _publish(self, staged: Staged, node: Node) -> None:
+        assert node.parent is not None
+        dirfd = self._resolver.upper_dir(node.parent)
+        before = os.fstat(dirfd)
+        self.mark_impure(node.parent, dirfd)
+        staged.publish(dirfd, node.name)
+        syscalls.utimens(dirfd, before.st_atime_ns, before.st_mtime_ns)
+
+    def mark_impure(self, parent: DirNode, dirfd: int) -> None:
+        """Say that an upper directory holds copied-up objects (ovl_set_impure). Best effort: it only saves work."""
+        if parent.impure:
+            return
+        parent.impure = True
+        try:
+            self._work.mark(dirfd, fmt.IMPURE, fmt.OPAQUE_YES)
+        except OSError as exc:
+            self._skip("impure mark", exc)
+
+    def _record_origin(self, fd: int, lower: LowerDir, dirfd: int, name: bytes) -> None:
+        """Record where the object came from. Best effort: without it the inode number changes at the next mount."""
+        try:
+            kind, handle = syscalls.file_handle(dirfd, name)
+            origin = fmt.encode_origin(fmt.Origin(kind, handle, lower.layer.uuid))
+            self._work.mark(fd, fmt.ORIGIN, origin)
+        except (OSError, ValueError) as exc:
+            self._skip("origin", exc)
+
+    def _skip(self, what: str, exc: Exception) -> None:
+        self._counters.skipped_marks += 1
+        log.debug("copy-up: no %s recorded: %s", what, exc)
+
+
+class Metadata:
+    """Everything but the data of an object; immutable. `xattrs` are those that go along, by name."""
+
+    __slots__ = ("st", "xattrs")
+
+    def __init__(self, st: os.stat_result, xattrs: dict[bytes, bytes]) -> None:
+        self.st = st
+        self.xattrs = xattrs
+
+
+def read_metadata(fd: int) -> Metadata:
+    """Metadata of the object `fd` (O_PATH allowed) without the format's own xattrs."""
+    names = [name for name in xattr_names(fd) if not fmt.is_internal(name)]
+    return Metadata(os.fstat(fd), {name: syscalls.getxattr(fd, name) for name in names})
+
+
+def apply_metadata(fd: int, metadata: Metadata) -> None:
+    """Give the object `fd` (O_PATH allowed) all of `metadata`.
+
+    The order matters: chown drops capabilities and the suid bit, and everything moves the times.
+    """
+    st = metadata.st
+    own = os.fstat(fd)
+    if (own.st_uid, own.st_gid) != (st.st_uid, st.st_gid):
+        syscalls.chown(fd, st.st_uid, st.st_gid)
+    for name, value in metadata.xattrs.items():
+        _copy_xattr(fd, name, value)
+    if not stat.S_ISLNK(st.st_mode):
+        syscalls.chmod(fd, stat.S_IMODE(st.st_mode))
+    syscalls.utimens(fd, st.st_atime_ns, st.st_mtime_ns)
+
+
+def _copy_xattr(fd: int, name: bytes, value: bytes) -> None:
+    try:
+        syscalls.setxattr(fd, name, value)
+    except OSError as exc:
+        if exc.errno != errno.EOPNOTSUPP or name.startswith(b"security.") or name in (fmt.ACL_ACCESS, fmt.ACL_DEFAULT):
+            raise
+        log.debug("copy-up: the upper keeps no xattr %s", os.fsdecode(name))
+
+
+def _fill(target: Fd, source: Fd, metadata: Metadata, size: int | None, *, sync: bool) -> int:
+    """Give `target` the data and the metadata of `source`; returns the bytes copied. Runs in a thread."""
+    length = metadata.st.st_size if size is None else min(size, metadata.st.st_size)
+    copied = copy_data(source.fd, target.fd, length, metadata.st)
+    apply_metadata(target.fd, metadata)
+    if size is not None:
+        syscalls.utimens(target.fd, metadata.st.st_atime_ns, UTIME_NOW)
+    if sync:
+        syscalls.fsync(target.fd)
+    return copied
+
+
+def copy_data(source: int, target: int, length: int, st: os.stat_result) -> int:
+    """Copy the first `length` bytes of `source`, whose fstat is `st`, into the empty `target`; returns bytes copied.
+
+    Shares blocks where the file system can; otherwise holes stay holes.
+    """
+    if length == st.st_size and _clone(source, target):
+        return 0
+    copied = 0
+    for start, end in _extents(source, length, st):
+        _copy_extent(source, target, start, end)
+        copied += end - start
+    syscalls.truncate(target, length)
+    return copied
+
+
+def _clone(source: int, target: int) -> bool:
+    try:
+        syscalls.clone(target, source)
+    except OSError as exc:
+        if exc.errno in _NO_CLONE:
+            return False
+        raise
+    return True
+
+
+def _extents(fd: int, length: int, st: os.stat_result) -> list[tuple[int, int]]:
+    """Ranges of the first `length` bytes of `fd` that hold data."""
+    if not length:
+        return []
+    if st.st_blocks * 512 >= st.st_size:
+        return [(0, length)]
+    ranges = []
+    end = 0
+    while end < length:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError as exc:
+            if exc.errno == errno.ENXIO:
+                break
+            if exc.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+                return [(0, length)]
+            raise
+        if start >= length:
+            break
+        end = min(os.lseek(fd, start, os.SEEK_HOLE), length)
+        ranges.append((start, end))
+    return ranges
+
+
+def _copy_extent(source: int, target: int, start: int, end: int) -> None:
+    at = start
+    while at < end:
+        done = _copy_range(source, target, end - at, at)
+        if not done:
+            break
+        at += done
+    while at < end:
+        data = os.pread(source, min(_CHUNK, end - at), at)
+        if not data:
+            raise OSError(errno.EIO, "lower file shrank while it was copied up")
+        at += syscalls.pwrite(target, data, at)
+
+
+def _copy_range(source: int, target: int, count: int, offset: int) -> int:
+    try:
+        return syscalls.copy_range(source, target, count, offset, offset)
+    except OSError as exc:
+        if exc.errno in _NO_COPY_RANGE:
+            return 0
+        raise

@@ -1,0 +1,240 @@
+"""The composition root: one mount from its configuration to its end, in the foreground or in a daemon of its own.
+
+Up: layers opened and locked, mounted, transport imported, served; then standard streams released, the parent told, and
+READY last. Down: unmounted, the transport returns, the union synced and closed. What fails on the way up takes down
+what was up before it, so nothing is left mounted.
+
+The mount exists before trio and the transport are imported: the kernel queues its first requests meanwhile. Between
+mounting and the signal receiver the signals that stop us are blocked, so that none can leave a dead mount behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import resource
+import signal
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Final, NoReturn, Protocol
+
+from unionfsd import errors, logs, systemd
+from unionfsd.errors import UserError
+from unionfsd.fuse import mounting
+from unionfsd.fuse.mounting import Mount, Unmounted
+
+if TYPE_CHECKING:
+    import trio
+
+    from unionfsd.options import MountConfig
+    from unionfsd.union import Union
+
+log = logging.getLogger(__name__)
+
+_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class Serve(Protocol):
+    """What a transport is: it answers the kernel until the mount is gone, and calls `started` once when it does."""
+
+    def __call__(
+        self, union: Union, fuse_fd: int, config: MountConfig, *, started: Callable[[], None]
+    ) -> Awaitable[None]: ...
+
+
+def run(config: MountConfig, *, foreground: bool) -> int:
+    """Mount and serve; returns an exit code.
+
+    In the foreground it returns when the mount is gone, otherwise once it answers. Raises UserError when it cannot.
+    """
+    mounting.check_mountpoint(config.mountpoint)
+    if not foreground:
+        return _in_background(config)
+    logs.start(debug=config.debug, path=config.log, quiet=False)
+    _attend(config, up=lambda: None)
+    return errors.OK
+
+
+# In the background. Over a pipe the child says how it went: an exit code as one byte, then the message to it.
+
+
+def _in_background(config: MountConfig) -> int:
+    receiver, sender = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        _child(config, sender)
+    os.close(sender)
+    with open(receiver, "rb") as verdict:
+        try:
+            said = verdict.read()
+        except KeyboardInterrupt:
+            os.kill(pid, signal.SIGTERM)  # it unmounts
+            raise
+    if not said:
+        raise _died(pid, config)
+    if said[0] != errors.OK:
+        raise UserError(said[1:].decode(), code=said[0])
+    return errors.OK
+
+
+def _died(pid: int, config: MountConfig) -> UserError:
+    _, status = os.waitpid(pid, 0)
+    mounting.clear_dead(config.mountpoint)
+    code = os.waitstatus_to_exitcode(status)
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    return UserError(f"the daemon {how} before the mount was up", code=errors.INTERNAL)
+
+
+def _child(config: MountConfig, sender: int) -> NoReturn:
+    """The daemon; it never returns to the caller's stack, whose clean-up belongs to the parent."""
+    code = errors.INTERNAL
+    try:
+        code = _daemon(config, sender)
+    finally:
+        os._exit(code)
+
+
+def _daemon(config: MountConfig, sender: int) -> int:
+    os.setsid()
+    _close_all_but(sender, config)
+    told = False
+
+    def up() -> None:
+        nonlocal told
+        logs.to_syslog()
+        _release_streams()
+        os.write(sender, bytes([errors.OK]))
+        os.close(sender)
+        told = True
+
+    try:
+        logs.start(debug=config.debug, path=config.log, quiet=True)
+        _attend(config, up=up)
+    except Exception as error:
+        code, message = logs.explain(error)
+        if told:
+            log.critical("%s", message)
+        else:
+            os.write(sender, bytes([code]) + message.encode())
+        return code
+    return errors.OK
+
+
+def _close_all_but(sender: int, config: MountConfig) -> None:
+    """Close what we inherited, a lock or a pipe of the caller's perhaps, but for the standard streams and our own."""
+    keep = {0, 1, 2, sender, mounting.adoptable(config.mountpoint)}
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd not in keep:
+            with contextlib.suppress(OSError):  # the one that listed the others is closed already
+                os.close(fd)
+
+
+def _release_streams() -> None:
+    """Point 0, 1 and 2 at /dev/null: whoever reads the other end waits for the last copy to be closed."""
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for stream in (0, 1, 2):
+        os.dup2(null, stream)
+    os.close(null)
+
+
+# One mount.
+
+
+def _attend(config: MountConfig, *, up: Callable[[], None]) -> None:
+    """Mount and serve until the mount is gone; `up` is called once it answers."""
+    for warning in config.warnings:
+        log.warning("%s", warning)
+    _settle()
+    from unionfsd.union import Union  # late: `--version` and wrong options need none of it
+
+    with contextlib.ExitStack() as stack:
+        union = Union.mount(config)
+        stack.callback(union.close)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+        mount = mounting.mount(config)
+        stack.callback(_take_down, mount)
+        _serve(union, mount, config, up)
+
+
+def _settle() -> None:
+    """Make the process one that may run for years: no directory held, no umask, as many files as we may have."""
+    os.chdir("/")
+    os.umask(0)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _take_down(mount: Mount) -> None:
+    """Hang up, so that nobody waits for answers, and see that no dead mount stays."""
+    mount.close()
+    mount.unmount()
+
+
+def _serve(union: Union, mount: Mount, config: MountConfig, up: Callable[[], None]) -> None:
+    import trio  # late: the mount is there already, see the head of this file
+
+    def started() -> None:
+        log.info("mounted on %s", os.fsdecode(config.mountpoint))
+        up()
+        systemd.notify("READY=1", f"MAINPID={os.getpid()}")
+
+    trio.run(_serve_until_gone, union, mount, config, _transport(config), started)
+
+
+def _transport(config: MountConfig) -> Serve:
+    if config.transport == "pyfuse3":
+        from unionfsd.fuse import libfuse
+
+        return libfuse.serve
+    from unionfsd.fuse import channel
+
+    return channel.serve
+
+
+async def _serve_until_gone(
+    union: Union, mount: Mount, config: MountConfig, serve: Serve, started: Callable[[], None]
+) -> None:
+    import trio
+
+    from unionfsd.fuse.driver import drive
+
+    failure: Exception | None = None
+    async with trio.open_nursery() as nursery:
+        await nursery.start(_stop_on_signals, mount, nursery)
+        try:
+            await serve(union, mount.fuse_fd, config, started=started)
+        except Exception as error:  # kept, because a nursery would wrap it
+            failure = error
+        nursery.cancel_scope.cancel()
+    await drive(union.shutdown())
+    if failure is not None:
+        raise failure
+
+
+async def _stop_on_signals(mount: Mount, nursery: trio.Nursery, task_status: trio.TaskStatus[None]) -> None:
+    """Unmount at the first signal, which ends the transport once nobody is left inside; give up at the second."""
+    import trio
+
+    with trio.open_signal_receiver(*_STOP_SIGNALS) as signals:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+        task_status.started()
+        stopping = False
+        async for number in signals:
+            log.info("stopping: %s", signal.Signals(number).name)
+            if stopping:
+                nursery.cancel_scope.cancel()
+            else:
+                stopping = True
+                systemd.notify("STOPPING=1")
+                nursery.start_soon(_unmount, mount, nursery.cancel_scope)
+
+
+async def _unmount(mount: Mount, service: trio.CancelScope) -> None:
+    """Unmount from a thread, because dirty pages are written to us meanwhile."""
+    import trio
+
+    outcome = await trio.to_thread.run_sync(mount.unmount, abandon_on_cancel=True)
+    if outcome is Unmounted.DETACHED:
+        log.warning("busy: detached, and served until its last user leaves; a second signal ends it now")
+    elif outcome is Unmounted.KEPT:
+        service.cancel()

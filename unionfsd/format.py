@@ -1,0 +1,160 @@
+"""The on-disk format of overlayfs, as bytes: whiteouts, opaque marks, origins and the names of extended attributes.
+
+Rules this file obeys:
+
+- Pure: no descriptor, no system call. `layers` and `workdir` apply what is decided here.
+- The format is kernel overlayfs's (fs/overlayfs/overlayfs.h, Documentation/filesystems/overlayfs.rst). The forms of
+  fuse-overlayfs and of AUFS and OCI layers (``.wh.``) are read wherever they stand.
+- Attributes of both namespaces, ``trusted.overlay.`` and ``user.overlay.``, are internal in every layer. A user of the
+  mount who sets one gets it escaped, so that an overlay on top of the mount finds its own.
+"""
+
+from __future__ import annotations
+
+import stat
+import struct
+import sys
+from collections.abc import Collection
+from typing import Final, NamedTuple
+
+TRUSTED: Final = b"trusted.overlay."
+USER: Final = b"user.overlay."
+_NAMESPACES: Final = (TRUSTED, USER)
+_ESCAPE: Final = b"overlay."
+_FOREIGN: Final = (b"user.fuseoverlayfs.", b"user.containers.override_", b"security.fuseoverlayfs.")
+
+OPAQUE: Final = b"opaque"
+WHITEOUT: Final = b"whiteout"
+ORIGIN: Final = b"origin"
+IMPURE: Final = b"impure"
+
+OPAQUE_YES: Final = b"y"
+#: The directory is not opaque but may hold xattr whiteouts (Linux 6.7).
+OPAQUE_XWHITEOUTS: Final = b"x"
+
+#: Attributes that say a directory is opaque, most common first.
+OPAQUE_NAMES: Final = (TRUSTED + OPAQUE, USER + OPAQUE, b"user.fuseoverlayfs.opaque")
+WHITEOUT_NAMES: Final = (TRUSTED + WHITEOUT, USER + WHITEOUT)
+ORIGIN_NAMES: Final = (TRUSTED + ORIGIN, USER + ORIGIN)
+
+#: AUFS and OCI whiteouts: an entry with this prefix hides the rest of its name in the layers below.
+WH: Final = b".wh."
+WH_OPAQUE: Final = b".wh..wh..opq"
+
+#: The names of a work directory (fs/overlayfs/super.c): where entries are staged, and the index.
+WORK: Final = b"work"
+INDEX: Final = b"index"
+INCOMPAT: Final = b"incompat"
+VOLATILE: Final = b"volatile"
+
+ACL_ACCESS: Final = b"system.posix_acl_access"
+ACL_DEFAULT: Final = b"system.posix_acl_default"
+CAPABILITY: Final = b"security.capability"
+
+
+def is_whiteout_device(mode: int, rdev: int) -> bool:
+    """Whether an object is the kernel's whiteout: a character device 0:0."""
+    return stat.S_ISCHR(mode) and rdev == 0
+
+
+def is_reserved(name: bytes) -> bool:
+    """Whether `name` can never be an entry of the union because ``.wh.`` names are whiteouts in every layer."""
+    return name.startswith(WH)
+
+
+def wh_target(name: bytes) -> bytes | None:
+    """The name that the ``.wh.`` entry `name` hides; None for aufs's own files (``.wh..wh.*``) and other names."""
+    if not name.startswith(WH) or name.startswith(WH + WH):
+        return None
+    return name[len(WH) :] or None
+
+
+def wh_name(name: bytes) -> bytes:
+    """The ``.wh.`` entry that hides `name`."""
+    return WH + name
+
+
+class Marks(NamedTuple):
+    """What the xattrs of a directory of a layer say: `opaque`, hides the layers below; `xwhiteouts`, see format."""
+
+    opaque: bool
+    xwhiteouts: bool
+
+
+NO_MARKS: Final = Marks(opaque=False, xwhiteouts=False)
+
+
+def marks(values: Collection[bytes]) -> Marks:
+    """Decode the values of a directory's opaque attributes; only the first byte counts, as in fuse-overlayfs."""
+    firsts = {value[:1] for value in values}
+    return Marks(opaque=OPAQUE_YES in firsts, xwhiteouts=OPAQUE_XWHITEOUTS in firsts)
+
+
+def is_internal(name: bytes) -> bool:
+    """Whether an xattr of a layer belongs to the format and is not shown to users of the mount."""
+    if name.startswith(_NAMESPACES):
+        return not _is_escaped(name)
+    return name.startswith(_FOREIGN)
+
+
+def is_forbidden(name: bytes) -> bool:
+    """Whether users of the mount may not set an xattr: the marks of fuse-overlayfs, for which there is no escape."""
+    return name.startswith(_FOREIGN)
+
+
+def escape(name: bytes) -> bytes:
+    """The name under which a layer keeps what users of the mount call `name` (ovl.rst, "Nesting overlayfs mounts")."""
+    for namespace in _NAMESPACES:
+        if name.startswith(namespace):
+            return namespace + _ESCAPE + name[len(namespace) :]
+    return name
+
+
+def unescape(name: bytes) -> bytes:
+    """What users of the mount call the xattr that a layer keeps as `name`; `name` is not internal."""
+    for namespace in _NAMESPACES:
+        if name.startswith(namespace + _ESCAPE):
+            return namespace + name[len(namespace) + len(_ESCAPE) :]
+    return name
+
+
+def _is_escaped(name: bytes) -> bool:
+    return any(name.startswith(namespace + _ESCAPE) for namespace in _NAMESPACES)
+
+
+class Origin(NamedTuple):
+    """Where a copied-up object came from: a file handle in the file system `uuid` (struct ovl_fb).
+
+    `kind` is the handle's type, `handle` its opaque bytes, `uuid` 16 bytes, all zero when unknown.
+    """
+
+    kind: int
+    handle: bytes
+    uuid: bytes
+
+
+_ORIGIN_HEAD: Final = struct.Struct("BBBBB16s")
+_ORIGIN_MAGIC: Final = 0xFB
+_ORIGIN_BIG_ENDIAN: Final = 1
+_ORIGIN_ANY_ENDIAN: Final = 2
+_CPU_ENDIAN: Final = _ORIGIN_BIG_ENDIAN if sys.byteorder == "big" else 0
+
+
+def encode_origin(origin: Origin) -> bytes:
+    """The value of the origin xattr; ValueError when the handle is too long for its one-byte length."""
+    size = _ORIGIN_HEAD.size + len(origin.handle)
+    if size > 0xFF or not 0 <= origin.kind <= 0xFF:
+        raise ValueError("file handle does not fit an origin")
+    return _ORIGIN_HEAD.pack(0, _ORIGIN_MAGIC, size, _CPU_ENDIAN, origin.kind, origin.uuid) + origin.handle
+
+
+def decode_origin(value: bytes) -> Origin | None:
+    """Decode an origin xattr; None when it is empty, of another version or byte order, or damaged: it says nothing."""
+    if len(value) < _ORIGIN_HEAD.size:
+        return None
+    version, magic, size, flags, kind, uuid = _ORIGIN_HEAD.unpack_from(value)
+    if version != 0 or magic != _ORIGIN_MAGIC or size != len(value):
+        return None
+    if not flags & _ORIGIN_ANY_ENDIAN and flags & _ORIGIN_BIG_ENDIAN != _CPU_ENDIAN:
+        return None
+    return Origin(kind, value[_ORIGIN_HEAD.size :], uuid)

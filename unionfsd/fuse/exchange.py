@@ -1,0 +1,121 @@
+"""What the request handlers of one connection share: the union, the buffers, and the way into an operation.
+
+Rules of this file and of its users (`names`, `files`, `dirs`):
+
+- A handler is called as ``handler(nodeid, end)`` with the request in ``exchange.buf[:end]``, past `wire.check`.
+  It returns the payload of the reply, or None when no reply is due from it: never (FORGET), or later (an operation that
+  was deferred).
+- It raises OSError for the caller and WireError for hostile bytes; the channel turns both into replies.
+- Buffers are reused. A view of one is valid until the reply is written, unless the buffer was handed to a deferred
+  operation by `start`, which puts another in its place.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
+
+from unionfsd.fuse import wire
+from unionfsd.fuse.negotiate import MAX_WRITE
+from unionfsd.union import Caller
+
+if TYPE_CHECKING:
+    from unionfsd.steps import Op, Step
+    from unionfsd.union import Attr, Found, Union
+
+T = TypeVar("T")
+
+Payload: TypeAlias = bytes | memoryview
+Handler: TypeAlias = Callable[[int, int], Payload | None]
+Header: TypeAlias = tuple[int, int, int, int, int, int, int, int]
+"""The members of fuse_in_header, in order."""
+
+_ROOM: Final = 4096
+"""What a request may hold besides MAX_WRITE bytes of data: its header and struct, or two names and a value."""
+
+
+class Buffer:
+    """Anonymous memory for one request or reply: pages never used cost nothing, and slicing it gives bytes."""
+
+    __slots__ = ("map", "vector", "view")
+
+    def __init__(self) -> None:
+        self.map = mmap.mmap(-1, MAX_WRITE + _ROOM)
+        self.view = memoryview(self.map)
+        self.vector = [self.map]
+
+
+class Deferred:
+    """An operation that yielded: its request, the step to do next, what its result becomes, the buffer it keeps."""
+
+    __slots__ = ("done", "held", "op", "step", "unique")
+
+    def __init__(self, unique: int, op: Op[T], step: Step, done: Callable[[T], Payload], held: Buffer | None) -> None:
+        self.unique = unique
+        self.op = op
+        self.step = step
+        self.done = done
+        self.held = held
+
+
+class Exchange:
+    """The state of one connection that its handlers share."""
+
+    __slots__ = ("_defer", "_spare", "buf", "header", "inbox", "outbox", "union", "valid")
+
+    def __init__(self, union: Union, valid: wire.Validity, defer: Callable[[Deferred], None]) -> None:
+        self.union = union
+        self.valid = valid
+        self.inbox = Buffer()
+        self.outbox = Buffer()
+        self.buf = self.inbox.map
+        self.header: Header = (0, 0, 0, 0, 0, 0, 0, 0)
+        self._defer = defer
+        self._spare: list[Buffer] = []
+
+    def start(self, op: Op[T], done: Callable[[T], Payload], held: Buffer | None = None) -> Payload | None:
+        """Run `op` to its end or to its first step. The payload `done` makes of its result; None when it was deferred.
+
+        `held` is the inbox or outbox if `op` has a view of it.
+        """
+        try:
+            step = op.send(None)
+        except StopIteration as stop:
+            return done(stop.value)
+        if held is not None:
+            self._replace(held)
+        self._defer(Deferred(self.header[2], op, step, done, held))
+        return None
+
+    def _replace(self, held: Buffer) -> None:
+        fresh = self._spare.pop() if self._spare else Buffer()
+        if held is self.inbox:
+            self.inbox = fresh
+            self.buf = fresh.map
+        else:
+            self.outbox = fresh
+
+    def give_back(self, buffer: Buffer) -> None:
+        """Take a buffer back from a deferred operation that has ended."""
+        self._spare.append(buffer)
+
+    def caller(self, umask: int = 0) -> Caller:
+        """Who sent the request in hand."""
+        header = self.header
+        return Caller(header[4], header[5], header[6], umask)
+
+    def entry(self, found: Found) -> bytes:
+        """ENTRY_OUT of a lookup that succeeded; the kernel now counts one reference more."""
+        nodeid, generation, attributes = found
+        return wire.ENTRY_OUT.pack(nodeid, generation, *self.valid, *wire.attr(*attributes))
+
+    def attributes(self, attributes: Attr) -> bytes:
+        """ATTR_OUT."""
+        valid = self.valid
+        return wire.ATTR_OUT.pack(valid.attr_valid, valid.attr_valid_nsec, *wire.attr(*attributes))
+
+
+def nothing(_: object) -> bytes:
+    """The payload of an operation that only succeeds."""
+    return b""

@@ -1,0 +1,161 @@
+"""Requests about the data of files. The rules of handlers are in `exchange`.
+
+The data path belongs to the node: READ and WRITE go by nodeid, and fh says only whether OPEN was answered (it is then
+the nodeid) or declined (0). In cached mode OPEN, FLUSH and OPENDIR are declined with ENOSYS, once each; the kernel then
+opens and closes without a message, keeps its page cache across opens, and sends no RELEASE.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from unionfsd.fuse import abi, wire
+from unionfsd.fuse.abi import Opcode
+from unionfsd.fuse.exchange import Exchange, Handler, Payload, nothing
+from unionfsd.fuse.names import killed
+from unionfsd.union import SetAttr
+
+if TYPE_CHECKING:
+    from unionfsd.steps import Op
+    from unionfsd.union import Caller, Found, Union
+
+T = TypeVar("T")
+
+_BODY: Final = wire.BODY
+_DATA: Final = wire.BODY + wire.WRITE_IN.size
+_ROOT: Final = 0
+
+
+class Files:
+    """The handlers of opening, reading and writing."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._union = exchange.union
+        self.handles = True
+        """Whether OPEN is answered; False once the kernel was told that it need not send it."""
+
+    def table(self) -> dict[Opcode, Handler]:
+        """The handlers by opcode."""
+        return {
+            Opcode.OPEN: self._open,
+            Opcode.CREATE: self._create,
+            Opcode.TMPFILE: self._tmpfile,
+            Opcode.RELEASE: self._release,
+            Opcode.FLUSH: self._flush,
+            Opcode.READ: self._read,
+            Opcode.WRITE: self._write,
+            Opcode.FSYNC: self._fsync,
+            Opcode.FALLOCATE: self._fallocate,
+            Opcode.LSEEK: self._lseek,
+            Opcode.COPY_FILE_RANGE: self._copy_file_range,
+            Opcode.COPY_FILE_RANGE_64: self._copy_file_range_64,
+            Opcode.IOCTL: self._ioctl,
+        }
+
+    # --- opening -----------------------------------------------------------------------------------------------------
+
+    def _open(self, nodeid: int, end: int) -> Payload | None:
+        exchange = self._exchange
+        flags, _ = wire.OPEN_IN.unpack_from(exchange.buf, _BODY)
+        reply = wire.OPEN_OUT.pack(nodeid, abi.FOPEN_KEEP_CACHE, 0)
+        return exchange.start(self._union.open(nodeid, flags), lambda _: reply)
+
+    def _create(self, nodeid: int, end: int) -> Payload | None:
+        exchange = self._exchange
+        flags, mode, umask, _ = wire.CREATE_IN.unpack_from(exchange.buf, _BODY)
+        name = wire.name(exchange.buf, _BODY + wire.CREATE_IN.size, end)
+        return exchange.start(self._union.create(nodeid, name, mode, flags, exchange.caller(umask)), self._opened)
+
+    def _tmpfile(self, nodeid: int, end: int) -> Payload | None:
+        # The name in the request is the kernel's invention, for its messages.
+        exchange = self._exchange
+        flags, mode, umask, _ = wire.CREATE_IN.unpack_from(exchange.buf, _BODY)
+        return exchange.start(self._union.tmpfile(nodeid, mode, flags, exchange.caller(umask)), self._opened)
+
+    def _opened(self, found: Found) -> bytes:
+        """ENTRY_OUT and OPEN_OUT. Without handles no RELEASE will come, so the open that was counted ends here."""
+        entry = self._exchange.entry(found)
+        if self.handles:
+            return entry + wire.OPEN_OUT.pack(found.nodeid, abi.FOPEN_KEEP_CACHE, 0)
+        self._union.release(found.nodeid)
+        return entry + wire.OPEN_OUT.pack(0, abi.FOPEN_KEEP_CACHE, 0)
+
+    def _release(self, nodeid: int, end: int) -> Payload:
+        # fh 0: created before the kernel learnt that there are no handles.
+        if wire.RELEASE_IN.unpack_from(self._exchange.buf, _BODY)[0]:
+            self._union.release(nodeid)
+        return b""
+
+    def _flush(self, nodeid: int, end: int) -> Payload | None:
+        return self._exchange.start(self._union.flush(nodeid), nothing)
+
+    # --- data --------------------------------------------------------------------------------------------------------
+
+    def _read(self, nodeid: int, end: int) -> Payload | None:
+        exchange = self._exchange
+        _, offset, size, *_ = wire.READ_IN.unpack_from(exchange.buf, _BODY)
+        outbox = exchange.outbox
+        view = outbox.view[:size]
+        return exchange.start(self._union.readinto(nodeid, view, offset), lambda count: view[:count], outbox)
+
+    def _write(self, nodeid: int, end: int) -> Payload | None:
+        exchange = self._exchange
+        _, offset, size, flags, _, _ = wire.WRITE_IN.unpack_from(exchange.buf, _BODY)
+        if size != end - _DATA:
+            raise wire.WireError(f"WRITE of {size} bytes holds {end - _DATA}")
+        inbox = exchange.inbox
+        op = self._union.write(nodeid, inbox.view[_DATA:end], offset)
+        if flags & abi.FUSE_WRITE_KILL_SUIDGID:
+            op = self._unprivileged(op, nodeid)
+        return exchange.start(op, wire.WRITE_OUT.pack, inbox)
+
+    def _unprivileged(self, op: Op[T], nodeid: int) -> Op[T]:
+        """`op` changes the data of a file for somebody without CAP_FSETID: suid and sgid go first."""
+        return _kill_first(op, self._union, nodeid, self._exchange.caller())
+
+    def _fsync(self, nodeid: int, end: int) -> Payload | None:
+        exchange = self._exchange
+        _, flags = wire.FSYNC_IN.unpack_from(exchange.buf, _BODY)
+        return exchange.start(self._union.fsync(nodeid, bool(flags & abi.FUSE_FSYNC_FDATASYNC)), nothing)
+
+    def _fallocate(self, nodeid: int, end: int) -> Payload | None:
+        exchange = self._exchange
+        _, offset, length, mode = wire.FALLOCATE_IN.unpack_from(exchange.buf, _BODY)
+        op = self._union.fallocate(nodeid, mode, offset, length)
+        return exchange.start(self._by_caller(op, nodeid), nothing)
+
+    def _lseek(self, nodeid: int, end: int) -> Payload | None:
+        exchange = self._exchange
+        _, offset, whence = wire.LSEEK_IN.unpack_from(exchange.buf, _BODY)
+        return exchange.start(self._union.lseek(nodeid, offset, whence), wire.LSEEK_OUT.pack)
+
+    def _copy_file_range(self, nodeid: int, end: int) -> Payload | None:
+        return self._exchange.start(self._copy(nodeid), wire.WRITE_OUT.pack)
+
+    def _copy_file_range_64(self, nodeid: int, end: int) -> Payload | None:
+        return self._exchange.start(self._copy(nodeid), wire.COPY_FILE_RANGE_OUT.pack)
+
+    def _copy(self, nodeid: int) -> Op[int]:
+        _, source_at, target, _, target_at, length, _ = wire.COPY_FILE_RANGE_IN.unpack_from(self._exchange.buf, _BODY)
+        op = self._union.copy_file_range(nodeid, source_at, target, target_at, min(length, _COPY_MAX))
+        return self._by_caller(op, target)
+
+    def _by_caller(self, op: Op[T], nodeid: int) -> Op[T]:
+        """The same where the request does not say whether the caller has CAP_FSETID: root is taken to have it."""
+        return self._unprivileged(op, nodeid) if self._exchange.header[4] != _ROOT else op
+
+    def _ioctl(self, nodeid: int, end: int) -> Payload:
+        raise OSError(errno.ENOTTY, "no ioctl of that number")
+
+
+_COPY_MAX: Final = 0x7FFFF000
+"""Bytes that one copy_file_range moves at most (MAX_RW_COUNT): the reply of 7.28 has 32 bits for it."""
+
+
+def _kill_first(op: Op[T], union: Union, nodeid: int, caller: Caller) -> Op[T]:
+    mode = killed(union.getattr(nodeid).st.st_mode)
+    if mode is not None:
+        yield from union.setattr(nodeid, SetAttr(mode=mode), caller)
+    return (yield from op)

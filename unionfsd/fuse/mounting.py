@@ -1,0 +1,312 @@
+"""Mounting and unmounting: mount(2) with privileges, the fusermount3 handshake without, or a mount made by others.
+
+Rules this file obeys:
+
+- Once mounted, nothing here looks at the mountpoint itself: until the transport serves, and in the thread that serves,
+  a stat of it would wait for ourselves. Where the mount is, is read from /proc/self/mountinfo.
+- A mount is known by its mount id and device, not by its path: only ours is ever unmounted, also after its parent was
+  renamed and when somebody has mounted something over it.
+- Nothing holds the mountpoint open.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import logging
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from unionfsd import errors, syscalls
+from unionfsd.errors import UserError
+from unionfsd.options import MountConfig
+from unionfsd.syscalls import MNT_DETACH, UMOUNT_NOFOLLOW, Fd
+
+log = logging.getLogger(__name__)
+
+_DEVICE: Final = "/dev/fuse"
+_DEVICE_NUMBER: Final = os.makedev(10, 229)
+_FUSERMOUNT: Final = "fusermount3"
+_UNMOUNT_HINT: Final = "unmount it first: fusermount3 -u, or umount -l"
+
+# What fusermount3 knows of mount flags; it adds nosuid and nodev itself.
+_FUSERMOUNT_FLAGS: Final = (
+    ("nosuid", syscalls.MS_NOSUID),
+    ("nodev", syscalls.MS_NODEV),
+    ("noexec", syscalls.MS_NOEXEC),
+    ("sync", syscalls.MS_SYNCHRONOUS),
+    ("noatime", syscalls.MS_NOATIME),
+    ("dirsync", syscalls.MS_DIRSYNC),
+)
+
+
+class Unmounted(enum.Enum):
+    """What came of an unmount."""
+
+    GONE = enum.auto()
+    """The mount is no more."""
+    DETACHED = enum.auto()
+    """It was busy: nobody can enter any more, and it is gone when its last user leaves."""
+    KEPT = enum.auto()
+    """It could not be unmounted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A line of /proc/self/mountinfo (proc_pid_mountinfo(5))."""
+
+    mount_id: int
+    parent_id: int
+    device: str
+    """``MAJOR:MINOR``, as in /sys/class/bdi."""
+    path: bytes
+    fstype: bytes
+
+
+class Mount:
+    """A FUSE mount of ours: its kernel connection, and where it is.
+
+    `fuse_fd` is owned. `place` is as of the time of mounting; None when somebody else mounted or has unmounted already.
+    """
+
+    __slots__ = ("_fd", "place")
+
+    def __init__(self, fd: Fd, place: Place | None) -> None:
+        self._fd = fd
+        self.place = place
+
+    @property
+    def fuse_fd(self) -> int:
+        return self._fd.fileno()
+
+    def unmount(self) -> Unmounted:
+        """Unmount, lazily when it is busy. May block until dirty pages are written, so not for the serving thread."""
+        if self.place is None:
+            return Unmounted.KEPT
+        now = list(mounts())
+        place = _find(now, self.place)
+        if place is None:
+            return Unmounted.GONE
+        if any(other.parent_id == place.mount_id and other.path == place.path for other in now):
+            log.error("not unmounted: something is mounted over %s", os.fsdecode(place.path))
+            return Unmounted.KEPT
+        return _unmount(place.path)
+
+    def close(self) -> None:
+        """Hang up. Who still uses the mount gets ENOTCONN from here on."""
+        self._fd.close()
+
+
+def check_mountpoint(path: bytes) -> None:
+    """Raise UserError unless `path` is a directory, or a /dev/fuse that somebody mounted for us."""
+    if adoptable(path) is not None:
+        return
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        hint = _UNMOUNT_HINT if error.errno == errno.ENOTCONN else None
+        raise _refused(path, errors.reason(error), hint) from None
+    if not stat.S_ISDIR(mode):
+        raise _refused(path, "not a directory")
+
+
+def mount(config: MountConfig) -> Mount:
+    """Mount what `config` describes; requests wait in the kernel until somebody serves. Raises UserError."""
+    check_mountpoint(config.mountpoint)
+    adopted = adoptable(config.mountpoint)
+    if adopted is not None:
+        os.set_inheritable(adopted, False)
+        return Mount(Fd(adopted), None)
+    # Resolved before mounting: afterwards it would ask the file system that nobody serves yet.
+    path = os.path.realpath(config.mountpoint)
+    fd = _mount_directly(config, path) or _mount_by_fusermount(config, path)
+    on_top = [place for place in mounts() if place.path == path]
+    return Mount(fd, on_top[-1] if on_top else None)
+
+
+def clear_dead(path: bytes) -> None:
+    """Take away a FUSE mount at `path` whose server is gone, if there is one."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            _unmount(os.path.realpath(path))
+
+
+def mounts() -> Iterator[Place]:
+    """The mounts of this mount namespace in the order of mounting; of several at one path the last is on top."""
+    with open("/proc/self/mountinfo", "rb") as file:
+        for line in file:
+            fields, _, tail = line.partition(b" - ")
+            mount_id, parent_id, device, _, path = fields.split(b" ", 5)[:5]
+            fstype = tail.split(b" ", 1)[0]
+            yield Place(int(mount_id), int(parent_id), device.decode(), _plain(path), fstype)
+
+
+def _plain(path: bytes) -> bytes:
+    """Undo the octal escapes of mountinfo."""
+    return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), path)
+
+
+def _find(now: list[Place], ours: Place) -> Place | None:
+    return next((p for p in now if p.mount_id == ours.mount_id and p.device == ours.device), None)
+
+
+def adoptable(path: bytes) -> int | None:
+    """The N of ``/dev/fd/N`` (mount.fuse3's drop_privileges); UserError when it is no open /dev/fuse."""
+    match = re.fullmatch(rb"/dev/fd/([0-9]{1,9})", path)
+    if match is None:
+        return None
+    fd = int(match[1])
+    try:
+        status = os.fstat(fd)
+    except OSError as error:
+        raise _refused(path, errors.reason(error)) from None
+    if fd < 3 or not stat.S_ISCHR(status.st_mode) or status.st_rdev != _DEVICE_NUMBER:
+        raise _refused(path, f"not an open {_DEVICE}")
+    return fd
+
+
+def _refused(path: bytes, why: str, hint: str | None = None) -> UserError:
+    return UserError(f"cannot mount on {os.fsdecode(path)}: {why}", hint=hint, code=errors.MOUNT)
+
+
+# With privileges.
+
+
+def _mount_directly(config: MountConfig, path: bytes) -> Fd | None:
+    """The connection of a new mount; None when mount(2), or /dev/fuse, is not for us."""
+    try:
+        fd = Fd(os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC))
+    except PermissionError:
+        return None
+    except OSError as error:
+        why = f"cannot open {_DEVICE}: {errors.reason(error)}"
+        raise _refused(path, why, "the kernel's fuse module is missing: modprobe fuse") from None
+    flags = config.mount_flags | (syscalls.MS_RDONLY if config.read_only else 0)
+    data = mount_data(fd.fileno(), config, selinux=os.path.exists("/sys/fs/selinux/enforce"))
+    try:
+        syscalls.mount(config.fsname, os.fsdecode(path), f"fuse.{config.subtype}", flags, data)
+    except PermissionError:
+        fd.close()
+        return None
+    except OSError as error:
+        fd.close()
+        raise _refused(path, errors.reason(error)) from None
+    return fd
+
+
+def mount_data(fuse_fd: int, config: MountConfig, *, selinux: bool) -> str:
+    """The data of mount(2) (Documentation/filesystems/fuse.rst); a kernel without SELinux refuses labels."""
+    options = [
+        f"fd={fuse_fd}",
+        f"rootmode={stat.S_IFDIR:o}",
+        f"user_id={os.geteuid()}",
+        f"group_id={os.getegid()}",
+        *_common(config),
+    ]
+    return ",".join(options + list(config.security) if selinux else options)
+
+
+def _common(config: MountConfig) -> list[str]:
+    return ["default_permissions", "allow_other"] if config.allow_other else ["default_permissions"]
+
+
+# Without privileges.
+
+
+def _mount_by_fusermount(config: MountConfig, path: bytes) -> Fd:
+    """Have the set-uid fusermount3 mount; it passes the connection back over a socket (libfuse's fusermount.c)."""
+    import socket  # late: only ordinary users come here
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        environment = {**os.environ, "_FUSE_COMMFD": str(theirs.fileno())}
+        arguments = [b"-o", os.fsencode(fusermount_options(config)), b"--", path]
+        failure = _fusermount(arguments, environment, theirs.fileno())
+        if failure is not None:
+            raise _refused(path, failure)
+        _, fds, _, _ = socket.recv_fds(ours, 1, 1, socket.MSG_DONTWAIT)
+    os.set_inheritable(fds[0], False)
+    return Fd(fds[0])
+
+
+def fusermount_options(config: MountConfig) -> str:
+    """What follows fusermount3's `-o`; flags that it does not know are left out with a warning."""
+    known = 0
+    options = [f"fsname={_escape(config.fsname)}", f"subtype={_escape(config.subtype)}", *_common(config)]
+    if config.read_only:
+        options.append("ro")
+    for name, bit in _FUSERMOUNT_FLAGS:
+        known |= bit
+        if config.mount_flags & bit:
+            options.append(name)
+    if config.mount_flags & ~known & ~syscalls.MS_RELATIME:  # relatime is the kernel's default
+        log.warning("strictatime and nodiratime ignored: %s does not know them", _FUSERMOUNT)
+    return ",".join(options)
+
+
+def _escape(text: str) -> str:
+    return re.sub(r"([\\,])", r"\\\1", text)
+
+
+def _fusermount(arguments: list[bytes], environment: dict[str, str] | None = None, *fds: int) -> str | None:
+    """Run fusermount3; None, or why it failed."""
+    import subprocess  # late: only ordinary users come here
+
+    try:
+        done = subprocess.run(
+            [os.fsencode(_FUSERMOUNT), *arguments],
+            env=environment,
+            pass_fds=fds,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    except OSError as error:
+        return f"needs privileges, and {_FUSERMOUNT} cannot be run: {errors.reason(error)}"
+    if done.returncode == 0:
+        return None
+    words = done.stderr.decode(errors="backslashreplace").strip()
+    return words.splitlines()[-1] if words else f"{_FUSERMOUNT} ended with code {done.returncode}"
+
+
+# Unmounting.
+
+
+def _unmount(path: bytes) -> Unmounted:
+    try:
+        return _unmount_directly(path)
+    except PermissionError:
+        return _unmount_by_fusermount(path)
+    except OSError as error:
+        log.error("not unmounted: %s: %s", os.fsdecode(path), errors.reason(error))
+        return Unmounted.KEPT
+
+
+def _unmount_directly(path: bytes) -> Unmounted:
+    try:
+        syscalls.umount2(path, UMOUNT_NOFOLLOW)
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # somebody was faster
+            return Unmounted.GONE
+        if error.errno != errno.EBUSY:
+            raise
+        syscalls.umount2(path, UMOUNT_NOFOLLOW | MNT_DETACH)
+        return Unmounted.DETACHED
+    return Unmounted.GONE
+
+
+def _unmount_by_fusermount(path: bytes) -> Unmounted:
+    if _fusermount([b"-u", b"--", path]) is None:
+        return Unmounted.GONE
+    failure = _fusermount([b"-u", b"-z", b"--", path])
+    if failure is None:
+        return Unmounted.DETACHED
+    log.error("not unmounted: %s: %s", os.fsdecode(path), failure)
+    return Unmounted.KEPT

@@ -1,0 +1,111 @@
+"""INIT: what the kernel offers, what this daemon wants, and the reply that settles it.
+
+A feature is asked for only when offered, so one list serves every kernel from 5.4 (protocol 7.31) on. Not asked for:
+
+- ATOMIC_O_TRUNC: truncation must arrive as SETATTR, because in cached mode no OPEN does.
+- POSIX_LOCKS, FLOCK_LOCKS: the kernel's own locks are right, one kernel serves the mount.
+- EXPORT_SUPPORT: a nodeid means nothing once forgotten.
+- CREATE_SUPP_GROUP: the union gives objects the group of a setgid parent and is not bound by the caller's groups.
+- SPLICE_*: the payload passes through Python's hands once, as a view.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+from unionfsd.errors import MOUNT, UserError
+from unionfsd.fuse import wire
+from unionfsd.fuse.abi import FUSE_KERNEL_MINOR_VERSION, FUSE_KERNEL_VERSION, InitFlag
+
+OLDEST_MINOR: Final = 31
+"""Linux 5.4: everything the replies here take for granted (64-byte init_out, FALLOCATE, LSEEK, RENAME2) is there."""
+
+MAX_WRITE: Final = 1 << 20
+_PAGE: Final = 4096
+_MAX_PAGES: Final = MAX_WRITE // _PAGE
+"""The ceiling of fs.fuse.max_pages_limit as shipped; the kernel takes the smaller."""
+_MAX_BACKGROUND: Final = 64
+_CONGESTION: Final = 48
+
+_ALWAYS: Final = (
+    InitFlag.ASYNC_READ
+    | InitFlag.BIG_WRITES
+    | InitFlag.DONT_MASK
+    | InitFlag.HAS_IOCTL_DIR
+    | InitFlag.DO_READDIRPLUS
+    | InitFlag.READDIRPLUS_AUTO
+    | InitFlag.ASYNC_DIO
+    | InitFlag.PARALLEL_DIROPS
+    | InitFlag.POSIX_ACL
+    | InitFlag.ABORT_ERROR
+    | InitFlag.MAX_PAGES
+    | InitFlag.CACHE_SYMLINKS
+    | InitFlag.HANDLE_KILLPRIV_V2
+    | InitFlag.SETXATTR_EXT
+    | InitFlag.INIT_EXT
+)
+
+
+class Wanted(NamedTuple):
+    """What a mount wishes of the kernel."""
+
+    writeback: bool
+    """Writes gather in the page cache and arrive late; size and times are then the kernel's to say."""
+    sole_writer: bool
+    """Nothing changes behind the mount: cached data stay valid until this side says otherwise."""
+    handles: bool
+    """OPEN and OPENDIR are wanted; else they are declined and never sent again."""
+
+
+class Session(NamedTuple):
+    """What was settled for one connection."""
+
+    minor: int
+    flags: InitFlag
+    max_readahead: int
+
+    @property
+    def reply(self) -> bytes:
+        """The INIT_OUT that says so. Time stamps are exact to the nanosecond (time_gran 1)."""
+        return wire.INIT_OUT.pack(
+            FUSE_KERNEL_VERSION,
+            FUSE_KERNEL_MINOR_VERSION,
+            self.max_readahead,
+            self.flags & 0xFFFFFFFF,
+            _MAX_BACKGROUND,
+            _CONGESTION,
+            MAX_WRITE,
+            1,
+            _MAX_PAGES,
+            0,
+            self.flags >> 32,
+            0,
+            0,
+        )
+
+
+def settle(offer: wire.InitIn, wanted: Wanted) -> Session:
+    """The session that `offer` and `wanted` have in common. UserError: the kernel is too old."""
+    if (offer.major, offer.minor) < (FUSE_KERNEL_VERSION, OLDEST_MINOR):
+        raise UserError(
+            f"kernel too old: FUSE {offer.major}.{offer.minor}, the channel needs 7.{OLDEST_MINOR} (Linux 5.4)",
+            hint="use -o transport=pyfuse3",
+            code=MOUNT,
+        )
+    flags = offer.flags & _wishes(wanted)
+    return Session(min(offer.minor, FUSE_KERNEL_MINOR_VERSION), flags, offer.max_readahead)
+
+
+def other_major() -> bytes:
+    """The reply to a newer major version: the kernel then sends INIT again, in version 7."""
+    return wire.INIT_OUT.pack(FUSE_KERNEL_VERSION, FUSE_KERNEL_MINOR_VERSION, *(0,) * 11)
+
+
+def _wishes(wanted: Wanted) -> InitFlag:
+    flags = _ALWAYS
+    flags |= InitFlag.EXPLICIT_INVAL_DATA if wanted.sole_writer else InitFlag.AUTO_INVAL_DATA
+    if wanted.writeback:
+        flags |= InitFlag.WRITEBACK_CACHE
+    if not wanted.handles:
+        flags |= InitFlag.NO_OPEN_SUPPORT | InitFlag.NO_OPENDIR_SUPPORT
+    return flags

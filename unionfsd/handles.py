@@ -1,0 +1,205 @@
+"""The data path: descriptors of files that are read and written, and the operations on them.
+
+Rules this file obeys:
+
+- Data belongs to the node, not to an open: every reader of a node sees what any writer of it wrote, also after the file
+  was copied up. There is one cached descriptor per node.
+- The first write copies up. From then on nothing opens the lower again.
+- What the page cache has is read in place; what it has not, and large or synchronous writes, go to a thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Final, TypeAlias
+
+from . import syscalls
+from .copyup import CopyUp
+from .fdcache import FdCache
+from .inodes import DirNode, Node, NodeTable, OpenState
+from .lookup import Resolver
+from .steps import Blocking, Op
+from .syscalls import Fd
+
+#: Writes up to this size go to the page cache without a thread.
+_INLINE_WRITE: Final = 256 * 1024
+SyncCall: TypeAlias = Callable[[int], None]
+
+_WOULD_BLOCK: Final = {errno.EAGAIN, errno.EOPNOTSUPP}
+
+
+class Handles:
+    """The data of one mount's files. `copy_up` is None when nothing can be written; `volatile`: never sync."""
+
+    def __init__(
+        self, resolver: Resolver, table: NodeTable, fds: FdCache, copy_up: CopyUp | None, *, volatile: bool
+    ) -> None:
+        self._resolver = resolver
+        self._table = table
+        self._fds = fds
+        self._copy_up = copy_up
+        self._volatile = volatile
+
+    # Descriptors.
+
+    def open(self, node: Node, flags: int) -> Op[None]:
+        """Count an open with the open(2) `flags`; one for writing copies up first, O_TRUNC without the data."""
+        if isinstance(node, DirNode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        truncate = bool(flags & os.O_TRUNC)
+        if truncate or flags & os.O_ACCMODE != os.O_RDONLY:
+            fd = yield from self.writable(node, 0 if truncate else None)
+            if truncate:
+                syscalls.truncate(fd.fd, 0)
+        else:
+            self._readable(node)
+        node.state().opens += 1
+
+    def opened(self, node: Node, fd: Fd) -> None:
+        """Count the open of a file that was just created with the O_RDWR descriptor `fd`."""
+        state = node.state()
+        self._fds.admit(state, fd)
+        state.writable = True
+        state.opens += 1
+
+    def release(self, node: Node) -> None:
+        """The end of an open."""
+        if node.open is not None and node.open.opens:
+            node.open.opens -= 1
+            self._table.settle(node)
+
+    def _readable(self, node: Node) -> Fd:
+        state = node.state()
+        if state.fd is not None:
+            state.hot = True
+            return state.fd
+        fd = self._open(node, state, write=False)
+        self._fds.admit(state, fd)
+        state.writable = False
+        return fd
+
+    def writable(self, node: Node, size: int | None = None) -> Op[Fd]:
+        """The O_RDWR descriptor of a regular file, copied up first if need be: of its data only `size` bytes then."""
+        if self._copy_up is None:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        if not node.entry.upper:
+            yield from self._copy_up.node(node, size)
+        state = node.state()
+        if state.fd is not None and state.writable:
+            state.hot = True
+            return state.fd
+        fd = self._open(node, state, write=True)
+        self._fds.admit(state, fd)
+        state.writable = True
+        return fd
+
+    def _open(self, node: Node, state: OpenState, *, write: bool) -> Fd:
+        if state.orphan is not None:
+            return syscalls.reopen(state.orphan.fd, os.O_RDWR if write else os.O_RDONLY)
+        dirfd, name = self._resolver.spot(node)
+        layer = self._resolver.stack.upper if node.entry.upper else node.entry.lowers[0].layer
+        assert layer is not None
+        return layer.open_data(dirfd, name, write=write)
+
+    # Data.
+
+    def readinto(self, node: Node, buffer: memoryview, offset: int) -> Op[int]:
+        """Fill `buffer` from byte `offset`; returns the bytes read, fewer only at the end of the file."""
+        fd = self._readable(node)
+        try:
+            done = os.preadv(fd.fd, [buffer], offset, os.RWF_NOWAIT)
+        except OSError as exc:
+            if exc.errno not in _WOULD_BLOCK:
+                raise
+            done = 0
+        if done == len(buffer) or (done and offset + done >= os.fstat(fd.fd).st_size):
+            return done
+        rest: int = yield Blocking(partial(_read_all, fd, buffer[done:], offset + done))
+        return done + rest
+
+    def read(self, node: Node, size: int, offset: int) -> Op[memoryview]:
+        """At most `size` bytes from byte `offset`; fewer only at the end of the file."""
+        buffer = memoryview(bytearray(size))
+        done = yield from self.readinto(node, buffer, offset)
+        return buffer[:done]
+
+    def write(self, node: Node, data: bytes | bytearray | memoryview, offset: int) -> Op[int]:
+        """Write all of `data` at byte `offset`; returns its length, less only when the space ran out on the way."""
+        fd = yield from self.writable(node)
+        view = memoryview(data)
+        if len(view) <= _INLINE_WRITE:
+            return _write_all(fd, view, offset)
+        done: int = yield Blocking(partial(_write_all, fd, view, offset))
+        return done
+
+    def flush(self, node: Node) -> Op[None]:
+        """close(2) of one descriptor: nothing is kept back that an error could come from."""
+        yield from ()
+
+    def fsync(self, node: Node, datasync: bool) -> Op[None]:
+        """Put a regular file or a directory on disk; nothing to do for what is only in a lower, or when volatile."""
+        if self._volatile or not node.entry.upper:
+            return
+        sync = syscalls.fdatasync if datasync else syscalls.fsync
+        if isinstance(node, DirNode):
+            fd = syscalls.reopen(self._resolver.upper_dir(node), os.O_RDONLY | os.O_DIRECTORY)
+        else:
+            fd = self._readable(node)
+        yield Blocking(partial(_on_fd, sync, fd))
+
+    def fallocate(self, node: Node, mode: int, offset: int, length: int) -> Op[None]:
+        """fallocate(2) with every mode that the upper has."""
+        fd = yield from self.writable(node)
+        yield Blocking(partial(_fallocate, fd, mode, offset, length))
+
+    def lseek(self, node: Node, offset: int, whence: int) -> Op[int]:
+        """lseek(2) with SEEK_DATA or SEEK_HOLE; ENXIO past the end."""
+        yield from ()
+        return os.lseek(self._readable(node).fd, offset, whence)
+
+    def copy_file_range(self, source: Node, offset: int, target: Node, target_offset: int, length: int) -> Op[int]:
+        """copy_file_range(2) between two files of the mount; EXDEV where the layers' file systems cannot."""
+        out = yield from self.writable(target)
+        fd = self._readable(source)
+        done: int = yield Blocking(partial(_copy_range, fd, out, length, offset, target_offset))
+        return done
+
+
+# In threads: each holds the Fd, so that an eviction meanwhile does not close it.
+
+
+def _read_all(fd: Fd, buffer: memoryview, offset: int) -> int:
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(fd.fd, [buffer[done:]], offset + done)
+        if not count:
+            break
+        done += count
+    return done
+
+
+def _write_all(fd: Fd, view: memoryview, offset: int) -> int:
+    done = 0
+    while done < len(view):
+        try:
+            done += syscalls.pwrite(fd.fd, view[done:], offset + done)
+        except OSError:
+            if done:
+                return done
+            raise
+    return done
+
+
+def _on_fd(call: SyncCall, fd: Fd) -> None:
+    call(fd.fd)
+
+
+def _fallocate(fd: Fd, mode: int, offset: int, length: int) -> None:
+    syscalls.fallocate(fd.fd, mode, offset, length)
+
+
+def _copy_range(source: Fd, target: Fd, length: int, offset: int, target_offset: int) -> int:
+    return syscalls.copy_range(source.fd, target.fd, length, offset, target_offset)

@@ -1,0 +1,392 @@
+"""Layers: the directories a union is made of, opened once and reached only beneath their roots.
+
+Rules this file obeys:
+
+- A lower is opened, where the kernel allows, as a private read-only noatime copy of its mount: the kernel itself then
+  refuses any change to it, and no read moves its access times. Elsewhere it is opened plainly and O_NOATIME is tried.
+- Nothing here resolves a path inside a layer: a directory of a lower is a chain of single names (`LowerDir`).
+- A `LayerStack` is a value. What is refused, is refused before anything is written.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import stat
+from collections.abc import Iterator
+from typing import Final
+
+from . import format as fmt
+from . import syscalls
+from .errors import BUSY, LAYER, UserError
+from .fdcache import FdCache, Holder
+from .options import MountConfig
+from .syscalls import Fd
+
+log = logging.getLogger(__name__)
+
+_INO_BITS: Final = 56
+_INO_MASK: Final = (1 << _INO_BITS) - 1
+
+
+class Layer:
+    """One directory of the stack: `root` is an O_PATH fd, `path` what the user called it, `dev` its st_dev."""
+
+    __slots__ = ("_uuid", "dev", "noatime", "path", "root", "root_dir", "writable")
+
+    def __init__(self, path: bytes, root: Fd, *, writable: bool, noatime: bool) -> None:
+        self.path = path
+        self.root = root
+        self.dev = os.fstat(root.fd).st_dev
+        self.writable = writable
+        self.noatime = noatime
+        self.root_dir = LowerDir(self, None, b"")
+        self._uuid: bytes | None = None
+
+    @property
+    def uuid(self) -> bytes:
+        """UUID of the file system, 16 bytes, all zero where the kernel does not tell."""
+        if self._uuid is None:
+            try:
+                with syscalls.reopen(self.root.fd, os.O_RDONLY | os.O_DIRECTORY) as fd:
+                    self._uuid = syscalls.fs_uuid(fd.fd)
+            except OSError:
+                self._uuid = bytes(16)
+        return self._uuid
+
+    def open_data(self, dirfd: int, name: bytes, *, write: bool = False) -> Fd:
+        """fd for the data of the regular file `name`; EIO when something else has taken its place."""
+        fd = self._open(dirfd, name, os.O_RDWR if write else os.O_RDONLY)
+        if not stat.S_ISREG(os.fstat(fd.fd).st_mode):
+            fd.close()
+            raise OSError(errno.EIO, "layer changed underneath: not a regular file", os.fsdecode(name))
+        return fd
+
+    def _open(self, dirfd: int, name: bytes, flags: int) -> Fd:
+        if not (self.noatime or self.writable):
+            try:
+                return syscalls.open_data(dirfd, name, flags | os.O_NOATIME)
+            except PermissionError:
+                pass  # only the owner may ask for O_NOATIME
+        return syscalls.open_data(dirfd, name, flags)
+
+    def scan(self, fd: int) -> Iterator[os.DirEntry[bytes]]:
+        """Entries of the directory that the O_PATH `fd` refers to, without "." and ".."."""
+        if self.noatime or self.writable:
+            with os.scandir(syscalls.proc_path(fd)) as entries:
+                yield from entries
+            return
+        flags = os.O_RDONLY | os.O_DIRECTORY
+        try:
+            reading = syscalls.reopen(fd, flags | os.O_NOATIME)
+        except PermissionError:
+            reading = syscalls.reopen(fd, flags)
+        with reading, os.scandir(syscalls.proc_path(reading.fd)) as entries:
+            yield from entries
+
+    def __repr__(self) -> str:
+        return f"Layer({os.fsdecode(self.path)!r})"
+
+
+class LowerDir(Holder):
+    """A directory of a lower: `name` in `parent`, which is None for the layer's root. Immutable but for its open fd."""
+
+    __slots__ = ("_marks", "layer", "name", "parent")
+
+    def __init__(self, layer: Layer, parent: LowerDir | None, name: bytes) -> None:
+        super().__init__()
+        self.layer = layer
+        self.parent = parent
+        self.name = name
+        self._marks: fmt.Marks | None = None
+
+    def open(self, fds: FdCache) -> int:
+        """The number of its O_PATH fd, good until the next call that opens one."""
+        if self.fd is not None:
+            self.hot = True
+            return self.fd.fd
+        missing: list[LowerDir] = []
+        at: LowerDir = self
+        while at.fd is None and at.parent is not None:
+            missing.append(at)
+            at = at.parent
+        number = at.layer.root.fd if at.fd is None else at.fd.fd
+        for step in reversed(missing):
+            number = fds.admit(step, syscalls.open_dir(number, step.name))
+        return number
+
+    def marks(self, fds: FdCache) -> fmt.Marks:
+        """Whether it is opaque, in any form, and whether it may hold xattr whiteouts."""
+        if self._marks is None:
+            self._marks = read_marks(self.open(fds))
+        return self._marks
+
+    def child(self, name: bytes) -> LowerDir:
+        return LowerDir(self.layer, self, name)
+
+    def components(self) -> tuple[bytes, ...]:
+        """Its path from the layer's root."""
+        names: list[bytes] = []
+        at: LowerDir = self
+        while at.parent is not None:
+            names.append(at.name)
+            at = at.parent
+        return tuple(reversed(names))
+
+    def __repr__(self) -> str:
+        return f"LowerDir({os.fsdecode(self.layer.path)!r}, {b'/'.join(self.components())!r})"
+
+
+def read_marks(dirfd: int) -> fmt.Marks:
+    """Marks of the directory `dirfd` (O_PATH), from its xattrs and from ``.wh..wh..opq``."""
+    present = [name for name in xattr_names(dirfd) if name in fmt.OPAQUE_NAMES]
+    values = [value for name in present if (value := optional_xattr(dirfd, name)) is not None]
+    marks = fmt.marks(values) if values else fmt.NO_MARKS
+    if not marks.opaque and exists(dirfd, fmt.WH_OPAQUE):
+        marks = marks._replace(opaque=True)
+    return marks
+
+
+def optional_xattr(fd: int, name: bytes) -> bytes | None:
+    """Value of an xattr of the object `fd` (O_PATH allowed), None when it has none or its file system keeps none."""
+    try:
+        return syscalls.getxattr(fd, name)
+    except OSError as exc:
+        if exc.errno in (errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM):
+            return None
+        raise
+
+
+def xattr_names(fd: int) -> list[bytes]:
+    """Names of the xattrs of the object `fd` (O_PATH allowed); none where its file system keeps none."""
+    try:
+        return syscalls.listxattr(fd)
+    except OSError as exc:
+        if exc.errno == errno.EOPNOTSUPP:
+            return []
+        raise
+
+
+def exists(dirfd: int, name: bytes) -> bool:
+    """Whether `name` is in the directory `dirfd`; a name too long for the file system is not."""
+    try:
+        syscalls.stat_at(dirfd, name)
+    except OSError as exc:
+        if exc.errno in (errno.ENOENT, errno.ENAMETOOLONG):
+            return False
+        raise
+    return True
+
+
+def is_xattr_whiteout(dirfd: int, name: bytes) -> bool:
+    """Whether the empty regular file `name` bears the whiteout xattr."""
+    with syscalls.open_object(dirfd, name) as fd:
+        return any(optional_xattr(fd.fd, attr) is not None for attr in fmt.WHITEOUT_NAMES)
+
+
+def _fold(ino: int) -> int:
+    return (ino ^ (ino >> _INO_BITS)) & _INO_MASK if ino >> _INO_BITS else ino
+
+
+class LayerStack:
+    """The layers of one mount: `lowers` top first, `upper` and `work` None when nothing can be written."""
+
+    def __init__(self, lowers: tuple[Layer, ...], upper: Layer | None, work: Fd | None, locks: tuple[Fd, ...]) -> None:
+        self.lowers = lowers
+        self.upper = upper
+        self.work = work
+        self._locks = locks
+        self._fsids: dict[int, int] = {}
+        for layer in (upper, *lowers):
+            if layer is not None:
+                self._fsid(layer.dev)
+
+    @property
+    def top(self) -> Layer:
+        return self.upper or self.lowers[0]
+
+    def _fsid(self, dev: int) -> int:
+        return self._fsids.setdefault(dev, len(self._fsids) & 0x7F)
+
+    def ino(self, st: os.stat_result) -> int:
+        """The inode number that the mount shows for an object of a layer: unique over the layers' file systems.
+
+        The top byte tells the file systems apart, as the high bits of xino do (ovl.rst, "Inode properties"); the first
+        file system keeps its numbers as they are.
+        """
+        return self._fsid(st.st_dev) << _INO_BITS | _fold(st.st_ino)
+
+    def entry_ino(self, layer: Layer, ino: int) -> int:
+        """The same from a directory entry of `layer`, whose file system is taken to be that of the layer's root."""
+        return self._fsid(layer.dev) << _INO_BITS | _fold(ino)
+
+    def close(self) -> None:
+        """Close every descriptor; the locks on upper and work go with them."""
+        for layer in (self.upper, *self.lowers):
+            if layer is not None:
+                layer.root.close()
+        if self.work is not None:
+            self.work.close()
+        for lock in self._locks:
+            lock.close()
+
+
+def open_stack(config: MountConfig) -> LayerStack:
+    """Open the layers that `config` names, lock upper and work, and refuse what cannot be a union (UserError)."""
+    _check_overlap(config)
+    lowers = tuple(_open_lower(path, config.mountpoint) for path in config.lowerdirs)
+    if config.upperdir is None:
+        return LayerStack(lowers, None, None, ())
+    if config.workdir is None:
+        raise UserError("upperdir without workdir", hint="give -o workdir=DIR, on the same file system as the upper")
+    return _open_writable(config.upperdir, config.workdir, lowers, config.mountpoint)
+
+
+def _directory(path: bytes, what: str) -> os.stat_result:
+    try:
+        st = os.stat(path)
+    except OSError as exc:
+        raise UserError(f"{what} {_show(path)}: {exc.strerror}", hint="name an existing directory", code=LAYER) from exc
+    if not stat.S_ISDIR(st.st_mode):
+        raise UserError(f"{what} {_show(path)}: not a directory", hint="a layer is a directory", code=LAYER)
+    return st
+
+
+def _show(path: bytes) -> str:
+    return os.fsdecode(path)
+
+
+def _open_lower(path: bytes, mountpoint: bytes) -> Layer:
+    _directory(path, "lowerdir")
+    try:
+        root = syscalls.clone_mount(path, syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOATIME)
+        return Layer(path, root, writable=False, noatime=True)
+    except OSError as exc:
+        log.debug("lowerdir %s: no private mount (%s), opened plainly", _show(path), exc.strerror)
+    if _inside(mountpoint, path):
+        raise UserError(
+            f"mountpoint {_show(mountpoint)} is inside lowerdir {_show(path)}",
+            hint="mount elsewhere; only a privileged mount can lie inside its own layer",
+            code=LAYER,
+        )
+    return Layer(path, _open_root(path, "lowerdir"), writable=False, noatime=False)
+
+
+def _open_root(path: bytes, what: str, flags: int = os.O_PATH) -> Fd:
+    try:
+        return Fd(os.open(path, flags | os.O_DIRECTORY | os.O_CLOEXEC))
+    except OSError as exc:
+        raise UserError(f"{what} {_show(path)}: {exc.strerror}", code=LAYER) from exc
+
+
+def _open_writable(upper: bytes, work: bytes, lowers: tuple[Layer, ...], mountpoint: bytes) -> LayerStack:
+    upper_st, work_st = _directory(upper, "upperdir"), _directory(work, "workdir")
+    _check_writable_pair(upper, upper_st, work, work_st, mountpoint)
+    locks = (_lock(upper, "upperdir"), _lock(work, "workdir"))
+    _refuse_kernel_mount(upper, upper_st)
+    layer = Layer(upper, _open_root(upper, "upperdir"), writable=True, noatime=False)
+    return LayerStack(lowers, layer, _open_root(work, "workdir"), locks)
+
+
+def _check_writable_pair(
+    upper: bytes, upper_st: os.stat_result, work: bytes, work_st: os.stat_result, mountpoint: bytes
+) -> None:
+    if upper_st.st_dev != work_st.st_dev:
+        raise UserError(
+            f"upperdir {_show(upper)} and workdir {_show(work)} are on different file systems",
+            hint="put workdir next to upperdir",
+            code=LAYER,
+        )
+    for path, what in ((upper, "upperdir"), (work, "workdir")):
+        if os.statvfs(path).f_flag & os.ST_RDONLY:
+            raise UserError(
+                f"{what} {_show(path)} is on a read-only file system",
+                hint="give a writable one, or leave upperdir and workdir out for a read-only union",
+                code=LAYER,
+            )
+        if _inside(mountpoint, path):
+            raise UserError(
+                f"mountpoint {_show(mountpoint)} is inside {what} {_show(path)}", hint="mount elsewhere", code=LAYER
+            )
+
+
+def _inside(path: bytes, directory: bytes) -> bool:
+    """Whether `path` is strictly beneath `directory`, both resolved."""
+    inner, outer = os.path.realpath(path), os.path.realpath(directory)
+    return inner != outer and inner.startswith(outer.rstrip(b"/") + b"/")
+
+
+def _lock(path: bytes, what: str) -> Fd:
+    fd = _open_root(path, what, os.O_RDONLY)
+    try:
+        fcntl.flock(fd.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as exc:
+        raise UserError(
+            f"{what} {_show(path)} is in use by another mount", hint="unmount that first, or give another", code=BUSY
+        ) from exc
+    except OSError as exc:
+        log.warning("%s %s: cannot be locked (%s); do not mount it twice", what, _show(path), exc.strerror)
+    return fd
+
+
+def _refuse_kernel_mount(upper: bytes, st: os.stat_result) -> None:
+    for directory in _kernel_uppers():
+        try:
+            other = os.stat(directory)
+        except OSError:
+            continue
+        if (other.st_dev, other.st_ino) == (st.st_dev, st.st_ino):
+            raise UserError(
+                f"upperdir {_show(upper)} is in use by a kernel overlayfs mount", hint="unmount that first", code=BUSY
+            )
+
+
+def _kernel_uppers() -> Iterator[bytes]:
+    """Upper directories of the overlayfs mounts that this process can see (proc_pid_mountinfo(5))."""
+    try:
+        with open("/proc/self/mountinfo", "rb") as table:
+            lines = [line.split(b" - ", 1)[1] for line in table if b" - overlay " in line]
+    except OSError:
+        return
+    for line in lines:
+        for option in line.split(b" ")[2].strip().split(b","):
+            if option.startswith(b"upperdir="):
+                yield option[len(b"upperdir=") :].decode("unicode_escape").encode("latin-1")
+
+
+def _check_overlap(config: MountConfig) -> None:
+    """Refuse a layer that is, or lies inside, another one, as ovl_check_overlapping_layers does."""
+    if not config.lowerdirs:
+        raise UserError("no lowerdir given", hint="give -o lowerdir=DIR[:DIR...], top first")
+    named = [("lowerdir", path) for path in config.lowerdirs]
+    named += [("upperdir", config.upperdir)] if config.upperdir is not None else []
+    named += [("workdir", config.workdir)] if config.workdir is not None else []
+    roots: dict[tuple[int, int], tuple[str, bytes]] = {}
+    for what, path in named:
+        st = _directory(path, what)
+        if other := roots.get((st.st_dev, st.st_ino)):
+            raise _overlap(what, path, *other, "is the same directory as")
+        roots[(st.st_dev, st.st_ino)] = (what, path)
+    seen: dict[bytes, tuple[int, int]] = {}
+    for what, path in named:
+        for key in _ancestors(path, seen):
+            if other := roots.get(key):
+                raise _overlap(what, path, *other, "is inside")
+
+
+def _ancestors(path: bytes, seen: dict[bytes, tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    at = os.path.realpath(path)
+    while at != b"/":
+        at = os.path.dirname(at)
+        if at not in seen:
+            st = os.stat(at)
+            seen[at] = (st.st_dev, st.st_ino)
+        yield seen[at]
+
+
+def _overlap(what: str, path: bytes, other_what: str, other: bytes, how: str) -> UserError:
+    return UserError(
+        f"{what} {_show(path)} {how} {other_what} {_show(other)}", hint="layers must not overlap", code=LAYER
+    )

@@ -1,0 +1,191 @@
+"""Listings of directories: the names that lowers give, merged once, and the snapshot that a reader walks through.
+
+Rules this file obeys:
+
+- The merged names of lower directories are immutable and may be cached for good. The upper is read when it is needed.
+- Merging follows the kernel (fs/overlayfs/readdir.c): the topmost layer that has a name decides its type; directories
+  merge downwards until something that is not a directory, or a whiteout, ends it. A ``.wh.`` entry speaks only of the
+  layers below its own. Whiteouts are no names.
+- A cookie is a hash of the name. It is the same in every snapshot, so a reader can go on after any change, or in
+  another process: names that were there all the while are seen exactly once.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from hashlib import blake2b
+from typing import Final, NamedTuple
+
+from . import format as fmt
+from . import syscalls
+from .fdcache import FdCache
+from .layers import Layer, LayerStack, LowerDir, is_xattr_whiteout
+
+DT_UNKNOWN: Final = 0
+DT_CHR: Final = 2
+DT_DIR: Final = 4
+DT_REG: Final = 8
+DT_LNK: Final = 10
+
+
+class LowerName(NamedTuple):
+    """A name in merged lowers: its DT_* type, its inode number as the mount shows it, and which lower gives it."""
+
+    type: int
+    ino: int
+    lower: int
+
+
+class LowerNames:
+    """Merged names of a tuple of lower directories.
+
+    `names`: what each name is. `stacks`: for directories in more than one lower, the indices of all of them, top first
+    (whether one of them is opaque is not looked at here).
+    """
+
+    __slots__ = ("names", "stacks")
+
+    def __init__(self) -> None:
+        self.names: dict[bytes, LowerName] = {}
+        self.stacks: dict[bytes, tuple[int, ...]] = {}
+
+    def indices(self, name: bytes) -> tuple[int, ...]:
+        """Which lowers give the directory `name`, top first."""
+        return self.stacks.get(name) or (self.names[name].lower,)
+
+
+def read_lowers(lowers: tuple[LowerDir, ...], stack: LayerStack, fds: FdCache) -> LowerNames:
+    """Read and merge the directories `lowers`, top first."""
+    merged = LowerNames()
+    closed: set[bytes] = set()
+    for index, lower in enumerate(lowers):
+        hidden = _merge_lower(merged, closed, index, lower, stack, fds)
+        closed.update(hidden)
+    return merged
+
+
+def _merge_lower(
+    merged: LowerNames, closed: set[bytes], index: int, lower: LowerDir, stack: LayerStack, fds: FdCache
+) -> list[bytes]:
+    """Add what `lower` has; `closed` are the names that end above it. Returns what its ``.wh.`` entries hide."""
+    names, hidden = merged.names, []
+    xwhiteouts = lower.marks(fds).xwhiteouts
+    fd = lower.open(fds)
+    lower.pins += 1
+    try:
+        for entry in lower.layer.scan(fd):
+            name = entry.name
+            if fmt.is_reserved(name):
+                if target := fmt.wh_target(name):
+                    hidden.append(target)
+            elif name not in closed:
+                kind = entry_type(fd, entry, xwhiteouts=xwhiteouts)
+                known = names.get(name)
+                if kind is None or (known is not None and kind != DT_DIR):
+                    closed.add(name)
+                elif known is None:
+                    names[name] = LowerName(kind, stack.entry_ino(lower.layer, entry.inode()), index)
+                elif known.type == DT_DIR:
+                    merged.stacks[name] = (*merged.indices(name), index)
+    finally:
+        lower.pins -= 1
+    return hidden
+
+
+def entry_type(dirfd: int, entry: os.DirEntry[bytes], *, xwhiteouts: bool) -> int | None:
+    """DT_* of an entry of the directory `dirfd`, None for a whiteout."""
+    if entry.is_file(follow_symlinks=False):
+        if xwhiteouts and not syscalls.stat_at(dirfd, entry.name).st_size and is_xattr_whiteout(dirfd, entry.name):
+            return None
+        return DT_REG
+    if entry.is_dir(follow_symlinks=False):
+        return DT_DIR
+    if entry.is_symlink():
+        return DT_LNK
+    try:
+        st = syscalls.stat_at(dirfd, entry.name)
+    except FileNotFoundError:
+        return DT_UNKNOWN
+    return None if fmt.is_whiteout_device(st.st_mode, st.st_rdev) else dt_type(st.st_mode)
+
+
+def dt_type(mode: int) -> int:
+    """DT_* of a st_mode."""
+    return stat.S_IFMT(mode) >> 12
+
+
+class Dirent(NamedTuple):
+    """An entry as a reader gets it: `type` is a DT_*, `cookie` says where to go on after it."""
+
+    name: bytes
+    ino: int
+    type: int
+    cookie: int
+
+
+_DOT_COOKIE: Final = 1
+_DOTDOT_COOKIE: Final = 2
+
+
+def cookie_of(name: bytes) -> int:
+    """A positive number below 2**63 that depends on `name` alone."""
+    return (int.from_bytes(blake2b(name, digest_size=8).digest(), "little") >> 2) + 3
+
+
+class Listing:
+    """A snapshot of a merged directory, in the order of cookies; "." and ".." come first."""
+
+    __slots__ = ("_cookies", "_entries")
+
+    def __init__(self, ino: int, parent_ino: int, rows: Iterable[tuple[bytes, int, int]]) -> None:
+        """`rows` are (name, inode number, DT_* type)."""
+        dots = [Dirent(b".", ino, DT_DIR, _DOT_COOKIE), Dirent(b"..", parent_ino, DT_DIR, _DOTDOT_COOKIE)]
+        entries = sorted((cookie_of(row[0]), row) for row in rows)
+        self._entries = dots + [Dirent(*row, cookie) for cookie, row in entries]
+        self._cookies = [_DOT_COOKIE, _DOTDOT_COOKIE, *(cookie for cookie, _ in entries)]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def after(self, cookie: int) -> Iterator[Dirent]:
+        """The entries after the one with `cookie`, which need not be there any more; all of them after 0."""
+        entries = self._entries
+        for index in range(bisect_right(self._cookies, cookie), len(entries)):
+            yield entries[index]
+
+
+def read_upper(fd: int, layer: Layer, stack: LayerStack, *, xwhiteouts: bool) -> UpperNames:
+    """Read the upper directory `fd` (O_PATH)."""
+    upper = UpperNames({}, set())
+    for entry in layer.scan(fd):
+        if fmt.is_reserved(entry.name):
+            if target := fmt.wh_target(entry.name):
+                upper.hidden.add(target)
+        else:
+            kind = entry_type(fd, entry, xwhiteouts=xwhiteouts)
+            upper.names[entry.name] = None if kind is None else (stack.entry_ino(layer, entry.inode()), kind)
+    return upper
+
+
+class UpperNames(NamedTuple):
+    """What an upper directory has: (inode number, DT_* type) by name, None for a whiteout; and what ``.wh.`` hides."""
+
+    names: dict[bytes, tuple[int, int] | None]
+    hidden: set[bytes]
+
+
+def merge(upper: UpperNames | None, lowers: LowerNames | None) -> Iterator[tuple[bytes, int, int]]:
+    """Rows (name, inode number, DT_* type) of a directory that has `upper` over `lowers`."""
+    if upper is not None:
+        for name, found in upper.names.items():
+            if found is not None:
+                below = lowers.names.get(name) if lowers is not None and found[1] == DT_DIR else None
+                merged = below is not None and below.type == DT_DIR
+                yield name, below.ino if merged and below is not None else found[0], found[1]
+    if lowers is not None:
+        for name, low in lowers.names.items():
+            if upper is None or (name not in upper.names and name not in upper.hidden):
+                yield name, low.ino, low.type

@@ -1,0 +1,312 @@
+"""Resolution: what a name in a merged directory is, and where an object lies. Nowhere else.
+
+The rules (Documentation/filesystems/overlayfs.rst, fs/overlayfs/namei.c):
+
+- The upper decides first. A whiteout there, or a ``.wh.`` entry, hides the name in all lowers.
+- Then the lowers, top first. The first that has the name decides; a whiteout ends the search.
+- Directories merge down to the first that is opaque, and end at the first object that is not a directory.
+- A directory of the upper has in the union the very path it has in the upper; a lower directory is a chain of names of
+  its own, whatever the union calls it.
+
+A name in lowers costs no system call per layer once the lowers of the directory were read (`LowerNames`): small
+directories are read at the first question, large ones when questions repeat.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import Final, NamedTuple
+
+from . import format as fmt
+from . import syscalls
+from .fdcache import FdCache
+from .inodes import UPPER, DirNode, Entry, Node
+from .layers import LayerStack, LowerDir, exists, optional_xattr, read_marks
+from .listing import DT_DIR, Listing, LowerNames, UpperNames, merge, read_lowers, read_upper
+from .workdir import is_whiteout
+
+#: Lower directories of at most this size in all (st_size, bytes) are read at the first lookup in them.
+_READ_AT_ONCE: Final = 64 * 1024
+#: Others after this many lookups.
+_READ_AFTER: Final = 16
+#: At most this many merged names are kept in all directories together.
+_KEEP_NAMES: Final = 1_000_000
+
+
+class Hit(NamedTuple):
+    """What a name is: its entry, the stat of the object that decides, and the inode number the mount shows."""
+
+    entry: Entry
+    st: os.stat_result
+    ino: int
+
+
+class Spot(NamedTuple):
+    """Where an object can be reached: `name` in the directory fd `dirfd`; an empty name means `dirfd` itself."""
+
+    dirfd: int
+    name: bytes
+
+
+class Resolver:
+    """Answers for one `LayerStack`; `fds` counts the directory descriptors it opens."""
+
+    def __init__(self, stack: LayerStack, fds: FdCache) -> None:
+        self.stack = stack
+        self.fds = fds
+        self.name_max = os.fstatvfs(stack.top.root.fd).f_namemax
+        self._kept: dict[DirNode, int] = {}
+        self._kept_names = 0
+
+    def root(self) -> Hit:
+        """The root of the union: all layer roots, down to the first opaque one."""
+        upper = self.stack.upper
+        opaque = upper is not None and read_marks(upper.root.fd).opaque
+        lowers = () if opaque else self._until_opaque([layer.root_dir for layer in self.stack.lowers])
+        st = os.fstat(self.stack.top.root.fd)
+        return Hit(Entry(upper is not None, lowers), st, self._dir_ino(lowers, st))
+
+    # Where things are.
+
+    def upper_dir(self, node: DirNode) -> int:
+        """Number of the O_PATH fd of the upper directory of `node`, which is in the upper."""
+        holder = node.handle
+        if holder.fd is not None:
+            holder.hot = True
+            return holder.fd.fd
+        missing: list[DirNode] = []
+        at: DirNode | None = node
+        while at is not None and at.handle.fd is None and at.parent is not None:
+            missing.append(at)
+            at = at.parent
+        number = self._top_fd(at)
+        for step in reversed(missing):
+            number = self.fds.admit(step.handle, syscalls.open_dir(number, step.name))
+        return number
+
+    def _top_fd(self, node: DirNode | None) -> int:
+        if node is None or node.handle.fd is None:
+            assert self.stack.upper is not None
+            return self.stack.upper.root.fd
+        return node.handle.fd.fd
+
+    def directory(self, node: DirNode) -> int:
+        """Number of the O_PATH fd of the topmost directory that `node` is made of."""
+        return self.upper_dir(node) if node.entry.upper else node.entry.lowers[0].open(self.fds)
+
+    def spot(self, node: Node) -> Spot:
+        """Where the object of `node` can be reached; an unlinked one by its descriptor."""
+        if isinstance(node, DirNode):
+            return Spot(self.directory(node), b"")
+        if not node.entry.upper:
+            return Spot(node.entry.lowers[0].open(self.fds), node.name)
+        if node.unlinked:
+            if node.open is None or node.open.orphan is None:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            return Spot(node.open.orphan.fd, b"")
+        assert node.parent is not None
+        return Spot(self.upper_dir(node.parent), node.name)
+
+    def stat(self, node: Node) -> os.stat_result:
+        """lstat of the object of `node`."""
+        dirfd, name = self.spot(node)
+        return syscalls.stat_at(dirfd, name) if name else os.fstat(dirfd)
+
+    def open_object(self, node: Node) -> syscalls.Fd:
+        """A new O_PATH fd of the object of `node`."""
+        dirfd, name = self.spot(node)
+        return syscalls.open_object(dirfd, name) if name else syscalls.reopen(dirfd, os.O_PATH)
+
+    # What names are.
+
+    def find(self, parent: DirNode, name: bytes) -> Hit | None:
+        """What `name` in `parent` is, None when the union has no such name; ENAMETOOLONG."""
+        if len(name) > self.name_max:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), os.fsdecode(name))
+        if fmt.is_reserved(name):
+            return None
+        entry = parent.entry
+        if entry.upper:
+            dirfd = self.upper_dir(parent)
+            st = stat_or_none(dirfd, name)
+            if st is not None:
+                return self._upper_hit(parent, dirfd, name, st)
+            if not entry.lowers or name in self.hidden(parent):
+                return None
+        return self.find_lower(parent, name)
+
+    def _upper_hit(self, parent: DirNode, dirfd: int, name: bytes, st: os.stat_result) -> Hit | None:
+        if stat.S_ISDIR(st.st_mode):
+            lowers = self._lowers_below(parent, dirfd, name)
+            return Hit(Entry(True, lowers) if lowers else UPPER, st, self._dir_ino(lowers, st))
+        if self.is_whiteout(parent, dirfd, name, st):
+            return None
+        return Hit(UPPER, st, self._leaf_ino(parent, dirfd, name, st))
+
+    def _lowers_below(self, parent: DirNode, dirfd: int, name: bytes) -> tuple[LowerDir, ...]:
+        """The lower directories under the upper directory `name`."""
+        if not parent.entry.lowers or name in self.hidden(parent):
+            return ()
+        found = self.find_lower(parent, name)
+        if found is None or not stat.S_ISDIR(found.st.st_mode):
+            return ()
+        with syscalls.open_dir(dirfd, name) as fd:
+            return () if read_marks(fd.fd).opaque else found.entry.lowers
+
+    def is_whiteout(self, parent: DirNode, dirfd: int, name: bytes, st: os.stat_result) -> bool:
+        """Whether the entry `name` of the upper directory `dirfd` of `parent` is a whiteout."""
+        if stat.S_ISREG(st.st_mode):
+            return not st.st_size and is_whiteout(dirfd, name, st, xwhiteouts=self.xwhiteouts(parent))
+        return fmt.is_whiteout_device(st.st_mode, st.st_rdev)
+
+    def xwhiteouts(self, node: DirNode) -> bool:
+        """Whether the upper directory of `node` may hold xattr whiteouts."""
+        if node.xwhiteouts is None:
+            node.xwhiteouts = read_marks(self.upper_dir(node)).xwhiteouts
+        return node.xwhiteouts
+
+    def hidden(self, node: DirNode) -> set[bytes]:
+        """The names that ``.wh.`` entries of the upper directory of `node` hide in its lowers."""
+        if node.hidden is None:
+            assert self.stack.upper is not None
+            targets = (fmt.wh_target(entry.name) for entry in self.stack.upper.scan(self.upper_dir(node)))
+            node.hidden = {target for target in targets if target}
+        return node.hidden
+
+    def find_lower(self, parent: DirNode, name: bytes) -> Hit | None:
+        """What `name` would be in `parent` if the upper had nothing."""
+        names = self.lower_names(parent, may_read=True)
+        if names is None:
+            return self._probe_lowers(parent.entry.lowers, name)
+        low = names.names.get(name)
+        if low is None:
+            return None
+        if low.type == DT_DIR:
+            return self._lower_dir_hit([parent.entry.lowers[i] for i in names.indices(name)], name)
+        return self._lower_leaf_hit(parent.entry.lowers[low.lower], name)
+
+    def lower_has(self, parent: DirNode, name: bytes) -> bool:
+        """Whether a lower of `parent` has `name`, so that deleting it takes a whiteout."""
+        if not parent.entry.lowers:
+            return False
+        names = self.lower_names(parent, may_read=True)
+        if names is not None:
+            return name in names.names
+        return self._probe_lowers(parent.entry.lowers, name) is not None
+
+    def _lower_leaf_hit(self, lower: LowerDir, name: bytes) -> Hit:
+        st = syscalls.stat_at(lower.open(self.fds), name)
+        return Hit(Entry(False, (lower,)), st, self.stack.ino(st))
+
+    def _lower_dir_hit(self, parents: list[LowerDir], name: bytes) -> Hit:
+        lowers = self._until_opaque([parent.child(name) for parent in parents])
+        st = os.fstat(lowers[0].open(self.fds))
+        return Hit(Entry(False, lowers), st, self.stack.ino(st))
+
+    def _until_opaque(self, lowers: list[LowerDir]) -> tuple[LowerDir, ...]:
+        for depth, lower in enumerate(lowers[:-1], 1):
+            if lower.marks(self.fds).opaque:
+                return tuple(lowers[:depth])
+        return tuple(lowers)
+
+    def _probe_lowers(self, lowers: tuple[LowerDir, ...], name: bytes) -> Hit | None:
+        """`find_lower` by asking each layer."""
+        parents: list[LowerDir] = []
+        for lower in lowers:
+            dirfd = lower.open(self.fds)
+            st = stat_or_none(dirfd, name)
+            if st is not None:
+                if is_whiteout(dirfd, name, st, xwhiteouts=lower.marks(self.fds).xwhiteouts):
+                    break
+                if not stat.S_ISDIR(st.st_mode):
+                    if parents:
+                        break
+                    return Hit(Entry(False, (lower,)), st, self.stack.ino(st))
+                parents.append(lower)
+            if exists(dirfd, fmt.wh_name(name)):
+                break
+        return self._lower_dir_hit(parents, name) if parents else None
+
+    # Inode numbers.
+
+    def _dir_ino(self, lowers: tuple[LowerDir, ...], st: os.stat_result) -> int:
+        """A directory keeps the number of the topmost lower it is merged with, so copy-up does not change it."""
+        return self.stack.ino(os.fstat(lowers[0].open(self.fds)) if lowers else st)
+
+    def _leaf_ino(self, parent: DirNode, dirfd: int, name: bytes, st: os.stat_result) -> int:
+        """A copied-up object keeps the number of the lower it came from, if that still lies under the same name."""
+        if parent.entry.lowers and st.st_nlink == 1 and self.lower_has(parent, name):
+            below = self.find_lower(parent, name)
+            if below is not None and self._came_from(dirfd, name, below):
+                return below.ino
+        return self.stack.ino(st)
+
+    def _came_from(self, dirfd: int, name: bytes, below: Hit) -> bool:
+        if stat.S_ISDIR(below.st.st_mode):
+            return False
+        with syscalls.open_object(dirfd, name) as fd:
+            values = (optional_xattr(fd.fd, attr) for attr in fmt.ORIGIN_NAMES)
+            origin = next((fmt.decode_origin(value) for value in values if value), None)
+        if origin is None:
+            return False
+        try:
+            return syscalls.file_handle(below.entry.lowers[0].open(self.fds), name) == (origin.kind, origin.handle)
+        except OSError:
+            return False
+
+    # Directories as a whole.
+
+    def lower_names(self, node: DirNode, *, may_read: bool = False, read: bool = False) -> LowerNames | None:
+        """Merged names of the lowers of `node`, if read before, or read now when it pays (`may_read`) or must be."""
+        if node.lower_names is not None:
+            return node.lower_names
+        if not node.entry.lowers or not (read or (may_read and self._pays(node))):
+            return None
+        names = read_lowers(node.entry.lowers, self.stack, self.fds)
+        node.lower_names = names
+        self._keep(node, len(names.names))
+        return names
+
+    def _pays(self, node: DirNode) -> bool:
+        node.probes += 1
+        if node.probes == 1:
+            return sum(os.fstat(lower.open(self.fds)).st_size for lower in node.entry.lowers) <= _READ_AT_ONCE
+        return node.probes > _READ_AFTER
+
+    def _keep(self, node: DirNode, count: int) -> None:
+        self._kept_names += count - self._kept.pop(node, 0)
+        self._kept[node] = count
+        while self._kept_names > _KEEP_NAMES and len(self._kept) > 1:
+            oldest = next(iter(self._kept))
+            self._kept_names -= self._kept.pop(oldest)
+            oldest.lower_names = None
+
+    def released(self, node: DirNode) -> None:
+        """`node` is gone: nothing is kept for it."""
+        self._kept_names -= self._kept.pop(node, 0)
+
+    def _read_upper(self, node: DirNode) -> UpperNames | None:
+        if not node.entry.upper:
+            return None
+        assert self.stack.upper is not None
+        return read_upper(self.upper_dir(node), self.stack.upper, self.stack, xwhiteouts=self.xwhiteouts(node))
+
+    def listing(self, node: DirNode) -> Listing:
+        """A fresh snapshot of the directory `node`; one that was removed is empty."""
+        parent = node if node.parent is None else node.parent
+        rows = () if node.unlinked else merge(self._read_upper(node), self.lower_names(node, read=True))
+        return Listing(node.ino, parent.ino, rows)
+
+    def is_empty(self, node: DirNode) -> bool:
+        """Whether the union shows nothing in `node`."""
+        return next(merge(self._read_upper(node), self.lower_names(node, read=True)), None) is None
+
+
+def stat_or_none(dirfd: int, name: bytes) -> os.stat_result | None:
+    """lstat of `name` beneath `dirfd`, None when there is nothing."""
+    try:
+        return syscalls.stat_at(dirfd, name)
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,153 @@
+"""Mount options: from the text of `-o` to a frozen `MountConfig`. The table of what there is stands in `options.table`.
+
+Rules this file obeys:
+
+- It reads text and touches nothing; whether a path exists is the business of whoever opens it.
+- An option that nobody knows is ignored with a warning, because podman, mount(8) and fstab pass theirs to every
+  mount program. A known option with a wrong value refuses the mount.
+- An option whose neglect would show wrong owners or skip a check is refused until it is supported, not ignored.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from unionfsd.errors import UserError, one_line
+from unionfsd.options.table import FOREVER, OPTIONS, Draft, Nothing, Option, Refused, Security
+from unionfsd.options.text import split_options, unquote
+
+Whiteout = Literal["auto", "chardev", "xattr", "wh"]
+Transport = Literal["auto", "channel", "pyfuse3"]
+Io = Literal["auto", "cached", "passthrough"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MountConfig:
+    """Everything that is asked of one mount. Paths are absolute, not normalised, and may be or contain symlinks."""
+
+    lowerdirs: tuple[bytes, ...]
+    """At least one, the top one first."""
+    mountpoint: bytes
+    """A directory, or ``/dev/fd/N`` when somebody mounted already and N is their /dev/fuse."""
+    upperdir: bytes | None = None
+    workdir: bytes | None = None
+    """Set exactly when `upperdir` is."""
+    source: str = ""
+    """The first word of a mount table line, as given; empty when none was."""
+    fsname: str = "unionfsd"
+    subtype: str = "unionfsd"
+    ro: bool = False
+    """Asked for. A union with no upper is read-only without it, see `read_only`."""
+    volatile: bool = False
+    whiteout: Whiteout = "auto"
+    userxattr: bool | None = None
+    """user.* instead of trusted.* for internal xattrs; None leaves it to what the layers allow."""
+    timeout: float = FOREVER
+    """Seconds the kernel may cache names (also absent ones) and attributes."""
+    uid: int | None = None
+    """Everything is shown as owned by this user, whatever the layers say."""
+    gid: int | None = None
+    allow_other: bool = False
+    mount_flags: int = 0
+    """MS_* of mount(2), without MS_RDONLY."""
+    security: tuple[str, ...] = ()
+    """SELinux options (``context="..."``) as given, for a kernel that has SELinux."""
+    transport: Transport = "auto"
+    io: Io = "auto"
+    debug: bool = False
+    log: bytes | None = None
+    explicit: frozenset[str] = frozenset()
+    """Names of the options that were given, so that a default can be told from a wish."""
+    warnings: tuple[str, ...] = ()
+    """One line each, for people: what was ignored, and why."""
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the mount takes no writes."""
+        return self.ro or self.upperdir is None
+
+
+_BY_NAME: Final = {option.name: option for option in OPTIONS}
+
+
+# Reading text.
+
+
+def parse(texts: Iterable[str]) -> Parsed:
+    """Read the values of all `-o` in their order; later options win. Raises UserError for wrong values."""
+    draft = Draft()
+    for text in texts:
+        for piece in split_options(text):
+            _take(draft, piece)
+    return Parsed(draft.fields, frozenset(draft.explicit), tuple(draft.warnings))
+
+
+def _take(draft: Draft, piece: str) -> None:
+    name, equals, text = piece.partition("=")
+    option = _find(name)
+    if option is None:
+        draft.warnings.append(f"unknown option ignored: {one_line(piece)}")
+        return
+    draft.explicit.add(name)
+    try:
+        _check_arity(option, bool(equals))
+        option.effect.apply(draft, name, text if isinstance(option.effect, Security) else unquote(text))
+    except ValueError as error:
+        raise UserError(f"option {piece}: {error}", hint=f"usage: {option.usage}") from None
+
+
+def _find(name: str) -> Option | None:
+    return _BY_NAME["x-*"] if name[:2] in ("x-", "X-") else _BY_NAME.get(name)
+
+
+def _check_arity(option: Option, has_value: bool) -> None:
+    if isinstance(option.effect, Nothing | Refused):
+        return  # for somebody else, and they know how many they take
+    if option.argument and not has_value:
+        raise ValueError("needs a value")
+    if has_value and not option.argument:
+        raise ValueError("takes no value")
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """Options that were read: MountConfig fields that were given, names, warnings. `config` makes a mount of them."""
+
+    fields: dict[str, Any]
+    explicit: frozenset[str]
+    warnings: tuple[str, ...]
+
+    def config(self, mountpoint: bytes, source: str = "", *, cwd: bytes | None = None, root: bool) -> MountConfig:
+        """Complete the options for one mount.
+
+        Paths are made absolute against `cwd` (the current directory). `root` is whether the mount is made with
+        privileges, which decides about `allow_other`. Raises UserError when the layers asked for make no union.
+        """
+        cwd = os.getcwdb() if cwd is None else cwd
+        fields = {"allow_other": root, "fsname": source or "unionfsd", **self.fields}
+        for name in ("upperdir", "workdir", "log"):
+            if name in fields:
+                fields[name] = os.path.join(cwd, fields[name])
+        fields["lowerdirs"] = tuple(os.path.join(cwd, path) for path in fields.get("lowerdirs", ()))
+        warnings = (*self.warnings, *_check_layers(fields))
+        return MountConfig(
+            mountpoint=os.path.join(cwd, mountpoint),
+            source=source,
+            explicit=self.explicit,
+            warnings=warnings,
+            **fields,
+        )
+
+
+def _check_layers(fields: dict[str, Any]) -> Iterator[str]:
+    """Refuse combinations that make no union; yields warnings about those that make one, and drops what is useless."""
+    if not fields["lowerdirs"]:
+        raise UserError("no layer given", hint="say which with -o lowerdir=DIR[:DIR...]")
+    if "upperdir" in fields and "workdir" not in fields:
+        raise UserError("upperdir needs a workdir", hint="add workdir=DIR, an empty directory beside the upper")
+    if "workdir" in fields and "upperdir" not in fields:
+        del fields["workdir"]
+        yield "workdir ignored: without upperdir the union is read-only"

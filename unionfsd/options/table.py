@@ -1,0 +1,352 @@
+"""The table of mount options: it drives parsing, ``--help`` and docs/options.md.
+
+A row says what an option does by an effect, a value whose `apply` writes into a `Draft`. What is in a draft's `fields`
+are fields of `options.MountConfig`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from unionfsd import syscalls
+from unionfsd.errors import UserError
+from unionfsd.options.text import one_of, read_id, read_lowers, read_path, read_seconds, read_text
+
+FOREVER: Final = 1e9
+"""Seconds (31 years) that a kernel may cache what only this mount changes; what fuse-overlayfs gives, too."""
+
+
+# What an option does. A draft is a dict of MountConfig fields that were given; each effect writes into it.
+
+
+class Draft:
+    """What has been read so far: values by MountConfig field, names given, warnings."""
+
+    __slots__ = ("explicit", "fields", "warnings")
+
+    def __init__(self) -> None:
+        self.fields: dict[str, Any] = {}
+        self.explicit: set[str] = set()
+        self.warnings: list[str] = []
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """The option takes a value, read by `read` (which raises ValueError with the reason), kept in `field`."""
+
+    field: str
+    read: Callable[[str], Any]
+
+    def apply(self, draft: Draft, name: str, text: str) -> None:
+        draft.fields[self.field] = self.read(text)
+
+
+@dataclass(frozen=True, slots=True)
+class AddLower:
+    """One more lower beneath those given so far; its path may hold colons unescaped."""
+
+    def apply(self, draft: Draft, name: str, text: str) -> None:
+        draft.fields["lowerdirs"] = (*draft.fields.get("lowerdirs", ()), read_path(text))
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """The option is a word that sets `field` to `value`."""
+
+    field: str
+    value: object
+
+    def apply(self, draft: Draft, name: str, text: str) -> None:
+        draft.fields[self.field] = self.value
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """The option is a word that sets and clears MS_* bits."""
+
+    on: int = 0
+    off: int = 0
+
+    def apply(self, draft: Draft, name: str, text: str) -> None:
+        draft.fields["mount_flags"] = draft.fields.get("mount_flags", 0) & ~self.off | self.on
+
+
+@dataclass(frozen=True, slots=True)
+class Security:
+    """The option is one of the kernel's security modules, which take it before the file system sees it."""
+
+    def apply(self, draft: Draft, name: str, text: str) -> None:
+        draft.fields["security"] = (*draft.fields.get("security", ()), f"{name}={text}")
+
+
+@dataclass(frozen=True, slots=True)
+class Nothing:
+    """The option asks for what is the case anyway, or is meant for somebody else."""
+
+    def apply(self, draft: Draft, name: str, text: str) -> None:
+        return
+
+
+@dataclass(frozen=True, slots=True)
+class Later:
+    """An option of kernel overlayfs: values in `same` say what is done anyway, those in `without` are not there yet."""
+
+    same: tuple[str, ...]
+    without: tuple[str, ...]
+
+    def apply(self, draft: Draft, name: str, text: str) -> None:
+        if text in self.without:
+            draft.warnings.append(f"{name}={text} is not supported yet: going on with {name}={self.same[0]}")
+        elif text not in self.same:
+            raise ValueError(f"not one of {', '.join(self.same + self.without)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """An option that must not be ignored and is not supported."""
+
+    hint: str
+
+    def apply(self, draft: Draft, name: str, text: str) -> None:
+        raise UserError(f"option {name}: not supported", hint=self.hint)
+
+
+Effect = Value | AddLower | Word | Flag | Security | Nothing | Later | Refused
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A row of the table. `argument` is how its value is written in the documentation; without one it is a word."""
+
+    name: str
+    effect: Effect
+    help: str
+    argument: str = ""
+    default: str = ""
+
+    @property
+    def usage(self) -> str:
+        """How it is written after -o."""
+        return f"{self.name}={self.argument}" if self.argument else self.name
+
+
+_ATIME: Final = syscalls.MS_NOATIME | syscalls.MS_RELATIME | syscalls.MS_STRICTATIME
+_IGNORED: Final = "Accepted, without effect."
+_UNMAPPED: Final = "without it files would show wrong owners or modes; remove the option to go on regardless"
+
+GROUPS: Final[tuple[tuple[str, tuple[Option, ...]], ...]] = (
+    (
+        "Layers",
+        (
+            Option(
+                "lowerdir",
+                Value("lowerdirs", read_lowers),
+                "Read-only layers, the top one first. Any number. `\\:`, `\\,` and `\\\\` stand for the characters "
+                "themselves; a relative path starts at the current directory; a symlink is followed.",
+                "DIR[:DIR...]",
+            ),
+            Option(
+                "lowerdir+",
+                AddLower(),
+                "One more lower, beneath those given before it. Colons need no escape here.",
+                "DIR",
+            ),
+            Option(
+                "upperdir",
+                Value("upperdir", read_path),
+                "The writable layer. Without one the union is read-only.",
+                "DIR",
+            ),
+            Option(
+                "workdir",
+                Value("workdir", read_path),
+                "A directory for unfinished work, empty at first, on the file system of the upper and beside it. "
+                "Needed with `upperdir`.",
+                "DIR",
+            ),
+            Option(
+                "volatile",
+                Word("volatile", True),
+                "Skip every sync of the upper: faster, and after a crash of the machine the upper must be thrown away.",
+            ),
+            Option(
+                "whiteout",
+                Value("whiteout", one_of("auto", "chardev", "xattr", "wh")),
+                "How a deletion is recorded in the upper: a 0:0 character device, an xattr on an empty file, or an "
+                "empty `.wh.NAME` file. `auto` takes the first that works. All are understood in every layer.",
+                "auto|chardev|xattr|wh",
+                "auto",
+            ),
+            Option(
+                "userxattr",
+                Word("userxattr", True),
+                "Keep internal xattrs in the namespace `user` instead of `trusted`, which needs privileges.",
+                default="where `trusted` cannot be used",
+            ),
+        ),
+    ),
+    (
+        "Access",
+        (
+            Option("ro", Word("ro", True), "Mount read-only."),
+            Option("rw", Word("ro", False), "Mount read-write, if there is an upper.", default="yes"),
+            Option(
+                "allow_other",
+                Word("allow_other", True),
+                "Let other users than the one who mounts in. For an ordinary user this needs `user_allow_other` in "
+                "/etc/fuse.conf.",
+                default="for root",
+            ),
+            Option(
+                "default_permissions",
+                Nothing(),
+                "The kernel checks owner, mode and ACLs.",
+                default="always",
+            ),
+            Option("uid", Value("uid", read_id), "Show everything as owned by this user.", "ID"),
+            Option("gid", Value("gid", read_id), "Show everything as owned by this group.", "ID"),
+            Option(
+                "suid",
+                Flag(off=syscalls.MS_NOSUID),
+                "Honour set-user-id bits and file capabilities.",
+                default="for root",
+            ),
+            Option("nosuid", Flag(on=syscalls.MS_NOSUID), "Do not honour them.", default="for ordinary users, always"),
+            Option("dev", Flag(off=syscalls.MS_NODEV), "Let device nodes work.", default="for root"),
+            Option("nodev", Flag(on=syscalls.MS_NODEV), "Device nodes are dead.", default="for ordinary users, always"),
+            Option("exec", Flag(off=syscalls.MS_NOEXEC), "Let programs run.", default="yes"),
+            Option("noexec", Flag(on=syscalls.MS_NOEXEC), "No programs run."),
+            Option("atime", Flag(off=syscalls.MS_NOATIME), "Keep access times as the layer's file system does."),
+            Option("noatime", Flag(on=syscalls.MS_NOATIME, off=_ATIME), "Keep no access times."),
+            Option("relatime", Flag(on=syscalls.MS_RELATIME, off=_ATIME), "Access times only after changes."),
+            Option("norelatime", Flag(off=syscalls.MS_RELATIME), "Undo `relatime`."),
+            Option("strictatime", Flag(on=syscalls.MS_STRICTATIME, off=_ATIME), "Access times at every access."),
+            Option("nostrictatime", Flag(off=syscalls.MS_STRICTATIME), "Undo `strictatime`."),
+            Option("diratime", Flag(off=syscalls.MS_NODIRATIME), "Access times of directories, too."),
+            Option("nodiratime", Flag(on=syscalls.MS_NODIRATIME), "No access times of directories."),
+            Option("sync", Flag(on=syscalls.MS_SYNCHRONOUS), "Every write reaches the disk before it returns."),
+            Option("async", Flag(off=syscalls.MS_SYNCHRONOUS), "Undo `sync`.", default="yes"),
+            Option("dirsync", Flag(on=syscalls.MS_DIRSYNC), "The same for changes of directories."),
+            Option(
+                "context",
+                Security(),
+                "SELinux labels, handed to the kernel where it has SELinux, else ignored; likewise `fscontext`, "
+                "`defcontext` and `rootcontext`.",
+                '"LABEL"',
+            ),
+            Option("fscontext", Security(), "See `context`.", '"LABEL"'),
+            Option("defcontext", Security(), "See `context`.", '"LABEL"'),
+            Option("rootcontext", Security(), "See `context`.", '"LABEL"'),
+        ),
+    ),
+    (
+        "Running",
+        (
+            Option(
+                "fsname",
+                Value("fsname", read_text),
+                "The source shown in the mount table.",
+                "NAME",
+                "SOURCE, else `unionfsd`",
+            ),
+            Option(
+                "subtype",
+                Value("subtype", read_text),
+                "The type shown in the mount table is `fuse.NAME`.",
+                "NAME",
+                "unionfsd",
+            ),
+            Option(
+                "timeout",
+                Value("timeout", read_seconds),
+                "How long the kernel may cache names and attributes. Lower it only when the layers change underneath "
+                "the mount, which overlayfs leaves undefined.",
+                "SECONDS",
+                f"{FOREVER:.0f}",
+            ),
+            Option(
+                "transport",
+                Value("transport", one_of("auto", "channel", "pyfuse3")),
+                "How the kernel is spoken to: our own reader of /dev/fuse, or libfuse through pyfuse3.",
+                "auto|channel|pyfuse3",
+                "auto",
+            ),
+            Option(
+                "io",
+                Value("io", one_of("auto", "cached", "passthrough")),
+                "How file data travels: through the kernel's page cache, or straight to the layer's file.",
+                "auto|cached|passthrough",
+                "auto",
+            ),
+            Option("debug", Word("debug", True), "Stay in the foreground and log everything, like `-d`."),
+            Option(
+                "log",
+                Value("log", read_path),
+                "Append the log to this file.",
+                "FILE",
+                "standard error in the foreground, else syslog",
+            ),
+        ),
+    ),
+    (
+        "Options of kernel overlayfs",
+        (
+            Option(
+                "redirect_dir",
+                Later(("off", "nofollow"), ("on", "follow")),
+                "Renaming of directories that have a lower part: EXDEV with `off`. The rest comes later.",
+                "off|nofollow|on|follow",
+                "off",
+            ),
+            Option("metacopy", Later(("off",), ("on",)), "Copying metadata up without data.", "off|on", "off"),
+            Option("index", Later(("off",), ("on",)), "Hard links that survive copy-up.", "off|on", "off"),
+            Option("nfs_export", Later(("off",), ("on",)), "File handles that survive a remount.", "off|on", "off"),
+            Option("xino", Later(("off", "auto"), ("on",)), "Inode numbers kept over remounts.", "off|auto|on", "off"),
+            Option(
+                "uuid",
+                Later(("null", "off", "auto"), ("on",)),
+                "A file system id of its own.",
+                "null|off|auto|on",
+                "null",
+            ),
+            Option(
+                "verity",
+                Later(("off",), ("on",)),
+                "Checking digests of lower files; `require` is refused as long as it is not done.",
+                "off|on",
+                "off",
+            ),
+        ),
+    ),
+    (
+        "Refused",
+        (
+            Option("remount", Refused("for ro, nodev and the like use: mount -i -o remount,..."), "Changing a mount."),
+            Option("uidmapping", Refused(_UNMAPPED), "fuse-overlayfs's mapping of users.", "MAP"),
+            Option("gidmapping", Refused(_UNMAPPED), "fuse-overlayfs's mapping of groups.", "MAP"),
+            Option("squash_to_root", Refused("uid=0,gid=0 shows the same owners"), "fuse-overlayfs's `uid=0,gid=0`."),
+            Option("squash_to_uid", Refused("uid=ID shows the same owner"), "fuse-overlayfs's `uid`.", "ID"),
+            Option("squash_to_gid", Refused("gid=ID shows the same group"), "fuse-overlayfs's `gid`.", "ID"),
+            Option("xattr_permissions", Refused(_UNMAPPED), "Owners and modes kept in xattrs.", "1|2"),
+        ),
+    ),
+    (
+        "Accepted, without effect",
+        tuple(
+            Option(name, Nothing(), _IGNORED, argument)
+            for name, argument in (
+                *((word, "") for word in ("defaults", "auto", "noauto", "nofail", "_netdev", "user", "nouser")),
+                *((word, "") for word in ("users", "nousers", "owner", "noowner", "group", "nogroup")),
+                *((word, "") for word in ("private", "rprivate", "slave", "rslave", "shared", "rshared")),
+                *((word, "") for word in ("unbindable", "runbindable", "nonempty", "big_writes")),
+                *((word, "") for word in ("lazytime", "nolazytime", "mand", "nomand", "silent", "loud")),
+                ("comment", "TEXT"),
+                ("x-*", ""),
+            )
+        ),
+    ),
+)
+
+OPTIONS: Final[tuple[Option, ...]] = tuple(option for _, options in GROUPS for option in options)

@@ -1,0 +1,102 @@
+"""The text of mount options: how it is split, escaped and quoted, and readers for its values.
+
+It is what overlayfs and mount(8) take: options are separated by commas, a backslash takes the next character literally
+(so that paths with ``,`` and ``:`` can be said), and a value in double quotes may hold commas.
+
+Readers raise ValueError with the reason alone; who calls them knows the option's name.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable
+from typing import Final
+
+
+def split_options(text: str) -> list[str]:
+    """The options in `text`, escapes and quotes left in, empty ones (podman ends its list with a comma) left out."""
+    return [piece for piece in split(text, ",") if piece]
+
+
+# A run of plain characters, an escaped character, a value in double quotes, or one character of any kind.
+_TOKEN: Final = re.compile(r'(?<==)"[^"]*"(?=,|$)|\\.|[^\\:,="]+|.', re.DOTALL)
+
+
+def split(text: str, separator: str) -> list[str]:
+    """Split at `separator` (a comma or a colon) where it is neither escaped nor in a quoted value."""
+    if "\\" not in text and '"' not in text:
+        return text.split(separator)
+    pieces = [""]
+    for token in _TOKEN.findall(text):
+        if token == separator:
+            pieces.append("")
+        else:
+            pieces[-1] += token
+    return pieces
+
+
+def unescape(text: str) -> str:
+    """Every backslash taken out, but for those that were escaped and one that stands alone at the end."""
+    return re.sub(r"\\(.)", r"\1", text, flags=re.DOTALL)
+
+
+def unquote(text: str) -> str:
+    """The text without the double quotes around it."""
+    return text[1:-1] if len(text) >= 2 and text[0] == text[-1] == '"' else text
+
+
+# Readers of values. They raise ValueError with the reason, without the option's name.
+
+
+def read_path(text: str) -> bytes:
+    """A path with its escapes taken out; relative ones stay so until `Parsed.config` makes them absolute."""
+    path = os.fsencode(unescape(text))
+    if not path:
+        raise ValueError("empty path")
+    return path
+
+
+def read_lowers(text: str) -> tuple[bytes, ...]:
+    """Colon-separated paths."""
+    pieces = split(text, ":")
+    if "" in pieces:
+        raise ValueError("empty path between colons ('::', data-only layers, is not supported yet)")
+    return tuple(read_path(piece) for piece in pieces)
+
+
+def read_text(text: str) -> str:
+    """Any text that is not empty."""
+    if not text:
+        raise ValueError("empty value")
+    return unescape(text)
+
+
+def read_seconds(text: str) -> float:
+    """Seconds, 0 or more, fractions allowed."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise ValueError("not a number of seconds, 0 or more")
+    return seconds
+
+
+def read_id(text: str) -> int:
+    """A numeric user or group id; the highest 32-bit number means "none" to the kernel and is none."""
+    if not (text.isascii() and text.isdigit() and int(text) < 2**32 - 1):
+        raise ValueError("not a numeric id")
+    return int(text)
+
+
+def one_of(*values: str) -> Callable[[str], str]:
+    """A reader for one of `values`."""
+
+    def read(text: str) -> str:
+        if text not in values:
+            raise ValueError(f"not one of {', '.join(values)}")
+        return text
+
+    return read

@@ -1,0 +1,97 @@
+"""The protocol between an operation of the union and whoever drives it.
+
+Rules this file and everything that uses it obey:
+
+- An operation that never blocks is a plain function. One that may block is a generator of type ``Op[T]``.
+- A generator yields a `Step`: `Blocking` (a call that may take long: run it in a thread and send back what it returns)
+  or a `Gate` (another operation is at work on the same object: resume when it opens).
+- What runs between two yields is atomic with respect to every other operation. What was read before a yield is stale
+  after it and is read again.
+- A function inside `Blocking` touches file descriptors and immutable values, nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import Any, TypeAlias, TypeVar
+
+T = TypeVar("T")
+
+
+class Blocking:
+    """A call that may block: `fn` takes nothing, runs in a thread, and its result or exception goes back in."""
+
+    __slots__ = ("fn",)
+
+    def __init__(self, fn: Callable[[], Any]) -> None:
+        self.fn = fn
+
+
+class Gate:
+    """A one-shot barrier: closed when made, opened once, for good."""
+
+    __slots__ = ("_callbacks", "opened")
+
+    def __init__(self) -> None:
+        self.opened = False
+        self._callbacks: list[Callable[[], None]] = []
+
+    def open(self) -> None:
+        """Let everyone who waits go on; whoever comes later does not wait."""
+        self.opened = True
+        callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback()
+
+    def on_open(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once when the gate opens: at once if it is open already."""
+        if self.opened:
+            callback()
+        else:
+            self._callbacks.append(callback)
+
+
+Step: TypeAlias = Blocking | Gate
+Op: TypeAlias = Generator[Step, Any, T]
+
+
+class DeadlockError(RuntimeError):
+    """A synchronous driver met a closed gate: nobody is left who could open it."""
+
+
+def run(op: Op[T]) -> T:
+    """Drive `op` to its end in this thread and return its result; raises what it raises."""
+    step = _advance(op, None)
+    while not isinstance(step, _Done):
+        step = _perform(op, step)
+    result: T = step.value
+    return result
+
+
+class _Done:
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def _advance(op: Op[Any], value: object) -> Step | _Done:
+    try:
+        return op.send(value)
+    except StopIteration as stop:
+        return _Done(stop.value)
+
+
+def _perform(op: Op[Any], step: Step) -> Step | _Done:
+    if isinstance(step, Gate):
+        if not step.opened:
+            raise DeadlockError("operation waits for a gate that nobody can open")
+        return _advance(op, None)
+    try:
+        value = step.fn()
+    except Exception as exc:
+        try:
+            return op.throw(exc)
+        except StopIteration as stop:
+            return _Done(stop.value)
+    return _advance(op, value)

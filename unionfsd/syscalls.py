@@ -1,0 +1,381 @@
+"""System calls: the only ctypes in the project, the owning `Fd`, and the seam where tests crash or fail a call.
+
+Rules this file obeys:
+
+- Names inside a layer are single components of type bytes (`component` refuses the others), always relative to a
+  directory fd and never followed when they are symlinks.
+- Every call that changes a file system is a function named in `MUTATING` and is called as ``syscalls.NAME(...)``:
+  a test that replaces the attribute sees every change the core makes.
+- An object that may be of any type is held by an O_PATH fd and reached through `proc_path`, whose magic link resolves
+  to the object itself, a symlink included.
+- Errors are plain OSError with errno; nothing is retried here except EINTR, which Python does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+from types import TracebackType
+from typing import Any, Final
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+AT_FDCWD: Final = -100
+AT_SYMLINK_NOFOLLOW: Final = 0x100
+AT_EMPTY_PATH: Final = 0x1000
+AT_RECURSIVE: Final = 0x8000
+
+RENAME_NOREPLACE: Final = 1
+RENAME_EXCHANGE: Final = 2
+RENAME_WHITEOUT: Final = 4
+
+#: For times in nanoseconds what utimensat(2) has for tv_nsec; outside of what a timespec can say.
+UTIME_NOW: Final = 1 << 100
+UTIME_OMIT: Final = UTIME_NOW + 1
+_TV_NSEC = {UTIME_NOW: (1 << 30) - 1, UTIME_OMIT: (1 << 30) - 2}
+
+MS_RDONLY: Final = 1
+MS_NOSUID: Final = 2
+MS_NODEV: Final = 4
+MS_NOEXEC: Final = 8
+MS_SYNCHRONOUS: Final = 16
+MS_REMOUNT: Final = 32
+MS_MANDLOCK: Final = 64
+MS_DIRSYNC: Final = 128
+MS_NOATIME: Final = 1024
+MS_NODIRATIME: Final = 2048
+MS_RELATIME: Final = 1 << 21
+MS_STRICTATIME: Final = 1 << 24
+MNT_DETACH: Final = 2
+UMOUNT_NOFOLLOW: Final = 8
+
+_NR_OPEN_TREE: Final = 428
+_NR_MOUNT_SETATTR: Final = 442
+_OPEN_TREE_CLONE: Final = 1
+_OPEN_TREE_CLOEXEC: Final = os.O_CLOEXEC
+MOUNT_ATTR_RDONLY: Final = 1
+MOUNT_ATTR_NOATIME: Final = 0x10
+_MOUNT_ATTR__ATIME: Final = 0x70
+
+FICLONE: Final = 0x40049409
+FS_IOC_GETFSUUID: Final = 0x80111500
+
+#: Functions of this module that change a file system; the core calls them through the module, always.
+MUTATING: Final = (
+    "create_at",
+    "tmpfile_at",
+    "mkdir_at",
+    "mknod_at",
+    "symlink_at",
+    "link_at",
+    "link_fd",
+    "unlink_at",
+    "rmdir_at",
+    "renameat2",
+    "chown",
+    "chmod",
+    "utimens",
+    "setxattr",
+    "removexattr",
+    "truncate",
+    "pwrite",
+    "clone",
+    "copy_range",
+    "fallocate",
+    "fsync",
+    "fdatasync",
+    "syncfs",
+)
+
+
+class Fd:
+    """An owned file descriptor: `fd` is the number, -1 once closed; closed at the latest when the object goes."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def fileno(self) -> int:
+        return self.fd
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Fd:
+        return self
+
+    def __exit__(self, et: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Fd({self.fd})"
+
+
+def component(name: bytes) -> bytes:
+    """Return `name` if it is one path component, else raise EINVAL (or ENOENT for the empty name)."""
+    if b"/" in name or b"\0" in name or name == b".." or name == b".":
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), os.fsdecode(name))
+    if not name:
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+    return name
+
+
+def proc_path(fd: int) -> bytes:
+    """The path whose magic link is the object that `fd` refers to; needs /proc."""
+    return b"/proc/self/fd/%d" % fd
+
+
+# Opening and reading.
+
+
+def open_dir(dirfd: int, name: bytes) -> Fd:
+    """O_PATH fd of the directory `name` beneath `dirfd`; ENOTDIR or ELOOP for anything else."""
+    return Fd(os.open(component(name), os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dirfd))
+
+
+def open_object(dirfd: int, name: bytes) -> Fd:
+    """O_PATH fd of whatever `name` is beneath `dirfd`, a symlink included."""
+    return Fd(os.open(component(name), os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dirfd))
+
+
+_DATA_FLAGS: Final = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+
+
+def open_data(dirfd: int, name: bytes, flags: int) -> Fd:
+    """fd for the data of the regular file `name`; `flags` are O_RDONLY or O_RDWR and O_NOATIME."""
+    return Fd(os.open(component(name), flags | _DATA_FLAGS, dir_fd=dirfd))
+
+
+def reopen(fd: int, flags: int) -> Fd:
+    """A new open file description, with `flags`, of the object that `fd` (O_PATH or not) refers to."""
+    return Fd(os.open(proc_path(fd), flags | os.O_CLOEXEC))
+
+
+def stat_at(dirfd: int, name: bytes) -> os.stat_result:
+    """lstat of `name` beneath `dirfd`."""
+    return os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+
+
+def getxattr(fd: int, name: bytes) -> bytes:
+    """Value of an xattr of the object `fd` (O_PATH allowed); ENODATA when there is none."""
+    return os.getxattr(proc_path(fd), name)
+
+
+def listxattr(fd: int) -> list[bytes]:
+    """Names of the xattrs of the object `fd` (O_PATH allowed)."""
+    return [os.fsencode(name) for name in os.listxattr(proc_path(fd))]
+
+
+def readlink(fd: int) -> bytes:
+    """Target of the symlink that the O_PATH `fd` refers to."""
+    return os.readlink(b"", dir_fd=fd)
+
+
+# Changing. Every function below is in MUTATING.
+
+
+def create_at(dirfd: int, name: bytes, mode: int) -> Fd:
+    """Create the regular file `name`, O_EXCL, opened O_RDWR; EEXIST when anything is there."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return Fd(os.open(component(name), flags, mode, dir_fd=dirfd))
+
+
+def tmpfile_at(dirfd: int, mode: int) -> Fd:
+    """An unnamed regular file in the file system of the directory `dirfd` (O_TMPFILE); EOPNOTSUPP where it has none."""
+    return Fd(os.open(b".", os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, mode, dir_fd=dirfd))
+
+
+def mkdir_at(dirfd: int, name: bytes, mode: int) -> None:
+    os.mkdir(component(name), mode, dir_fd=dirfd)
+
+
+def mknod_at(dirfd: int, name: bytes, mode: int, rdev: int) -> None:
+    os.mknod(component(name), mode, rdev, dir_fd=dirfd)
+
+
+def symlink_at(target: bytes, dirfd: int, name: bytes) -> None:
+    os.symlink(target, component(name), dir_fd=dirfd)
+
+
+def link_at(dirfd: int, name: bytes, newdirfd: int, newname: bytes) -> None:
+    os.link(component(name), component(newname), src_dir_fd=dirfd, dst_dir_fd=newdirfd, follow_symlinks=False)
+
+
+def link_fd(fd: int, newdirfd: int, newname: bytes) -> None:
+    """Give the object that `fd` refers to (an O_TMPFILE, too) a name; EEXIST when it is taken."""
+    os.link(proc_path(fd), component(newname), dst_dir_fd=newdirfd, follow_symlinks=True)
+
+
+def unlink_at(dirfd: int, name: bytes) -> None:
+    os.unlink(component(name), dir_fd=dirfd)
+
+
+def rmdir_at(dirfd: int, name: bytes) -> None:
+    os.rmdir(component(name), dir_fd=dirfd)
+
+
+_renameat2 = _libc.renameat2
+_renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+
+
+def renameat2(dirfd: int, name: bytes, newdirfd: int, newname: bytes, flags: int = 0) -> None:
+    """renameat2(2); EINVAL where the file system lacks a flag."""
+    if _renameat2(dirfd, component(name), newdirfd, component(newname), flags):
+        raise _error(newname)
+
+
+def chown(fd: int, uid: int, gid: int) -> None:
+    """Change the owner of the object `fd` (O_PATH allowed); -1 leaves one as it is."""
+    os.chown(proc_path(fd), uid, gid)
+
+
+def chmod(fd: int, mode: int) -> None:
+    """Change the permission bits of the object `fd` (O_PATH allowed); EOPNOTSUPP for a symlink."""
+    os.chmod(proc_path(fd), mode)
+
+
+_utimensat = _libc.utimensat
+_utimensat.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int)
+_TIMES: Final = struct.Struct("@qqqq")
+
+
+def utimens(fd: int, atime_ns: int, mtime_ns: int) -> None:
+    """Set the times of the object `fd` (O_PATH allowed), in ns since the epoch, or UTIME_NOW or UTIME_OMIT."""
+    times = _TIMES.pack(*_timespec(atime_ns), *_timespec(mtime_ns))
+    if _utimensat(AT_FDCWD, proc_path(fd), times, 0):
+        raise _error()
+
+
+def _timespec(ns: int) -> tuple[int, int]:
+    special = _TV_NSEC.get(ns)
+    return divmod(ns, 1_000_000_000) if special is None else (0, special)
+
+
+def setxattr(fd: int, name: bytes, value: bytes, flags: int = 0) -> None:
+    """Set an xattr of the object `fd` (O_PATH allowed); `flags` are XATTR_CREATE or XATTR_REPLACE."""
+    os.setxattr(proc_path(fd), name, value, flags)
+
+
+def removexattr(fd: int, name: bytes) -> None:
+    os.removexattr(proc_path(fd), name)
+
+
+def truncate(fd: int, size: int) -> None:
+    """ftruncate(2)."""
+    os.ftruncate(fd, size)
+
+
+def pwrite(fd: int, data: Any, offset: int) -> int:
+    """pwrite(2); returns the bytes written, which may be fewer than given."""
+    return os.pwrite(fd, data, offset)
+
+
+def clone(dst: int, src: int) -> None:
+    """Make `dst` share all data of `src` (FICLONE); EOPNOTSUPP, EXDEV or EINVAL where it cannot be."""
+    fcntl.ioctl(dst, FICLONE, src)
+
+
+def copy_range(src: int, dst: int, count: int, src_offset: int, dst_offset: int) -> int:
+    """copy_file_range(2); returns the bytes copied, 0 at end of file."""
+    return os.copy_file_range(src, dst, count, src_offset, dst_offset)
+
+
+_fallocate = _libc.fallocate64
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2) with its FALLOC_FL_* modes."""
+    if _fallocate(fd, mode, offset, length):
+        raise _error()
+
+
+def fsync(fd: int) -> None:
+    os.fsync(fd)
+
+
+def fdatasync(fd: int) -> None:
+    os.fdatasync(fd)
+
+
+def syncfs(fd: int) -> None:
+    """Write back the file system that `fd` lies on."""
+    if _libc.syncfs(fd):
+        raise _error()
+
+
+# Mounts and handles.
+
+
+def mount(source: str, target: str, fstype: str, flags: int, data: str) -> None:
+    """mount(2)."""
+    args = (os.fsencode(source), os.fsencode(target), os.fsencode(fstype), ctypes.c_ulong(flags), os.fsencode(data))
+    if _libc.mount(*args):
+        raise _error(os.fsencode(target))
+
+
+def umount2(target: str | bytes, flags: int) -> None:
+    """umount2(2)."""
+    if _libc.umount2(os.fsencode(target), flags):
+        raise _error(os.fsencode(target))
+
+
+def clone_mount(path: bytes, attributes: int) -> Fd:
+    """O_PATH root of a private, detached copy of the mount at `path`, without its submounts, with MOUNT_ATTR_* set.
+
+    `path` is a directory. EPERM without CAP_SYS_ADMIN, ENOSYS before Linux 5.12.
+    """
+    tree = Fd(_syscall(_NR_OPEN_TREE, AT_FDCWD, path, _OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC))
+    if attributes:
+        cleared = _MOUNT_ATTR__ATIME if attributes & _MOUNT_ATTR__ATIME else 0
+        attr = struct.pack("=QQQQ", attributes, cleared, 0, 0)
+        _syscall(_NR_MOUNT_SETATTR, tree.fd, b"", AT_EMPTY_PATH, attr, len(attr))
+    return tree
+
+
+_MAX_HANDLE_SZ: Final = 128
+
+
+def file_handle(dirfd: int, name: bytes) -> tuple[int, bytes]:
+    """(type, opaque bytes) of the file handle of `name` beneath `dirfd`, or of `dirfd` itself when `name` is empty.
+
+    name_to_handle_at(2); EOPNOTSUPP where the file system has none.
+    """
+    buf = ctypes.create_string_buffer(8 + _MAX_HANDLE_SZ)
+    struct.pack_into("=Ii", buf, 0, _MAX_HANDLE_SZ, 0)
+    mount_id = ctypes.c_int()
+    if _libc.name_to_handle_at(dirfd, name, buf, ctypes.byref(mount_id), 0 if name else AT_EMPTY_PATH):
+        raise _error(name)
+    size, kind = struct.unpack_from("=Ii", buf)
+    return kind, buf.raw[8 : 8 + size]
+
+
+def fs_uuid(fd: int) -> bytes:
+    """The 16 bytes of the UUID of the file system of `fd` (readable); ENOTTY before Linux 6.9 or where it has none."""
+    buf = bytearray(17)
+    fcntl.ioctl(fd, FS_IOC_GETFSUUID, buf)
+    if buf[0] != 16:
+        raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
+    return bytes(buf[1:17])
+
+
+def _syscall(number: int, *args: int | bytes) -> int:
+    words = [ctypes.c_long(a) if isinstance(a, int) else ctypes.c_char_p(a) for a in args]
+    result: int = _libc.syscall(ctypes.c_long(number), *words)
+    if result < 0:
+        raise _error()
+    return result
+
+
+def _error(name: bytes = b"") -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number), os.fsdecode(name)) if name else OSError(number, os.strerror(number))

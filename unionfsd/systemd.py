@@ -1,0 +1,28 @@
+"""sd_notify(3) in plain Python: tell the service manager about ourselves, when there is one listening.
+
+The protocol is one datagram of ``NAME=value`` lines to the unix socket named by ``$NOTIFY_SOCKET``; a leading ``@``
+stands for the NUL of an abstract address. Without that variable nothing happens, so callers need not ask first.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+def notify(*assignments: str) -> bool:
+    """Send ``assignments`` (``"READY=1"``, ``"STATUS=..."``) as one message; whether somebody took it.
+
+    A service manager that has gone away, or never listened, is no reason for a mount to fail: send errors give False.
+    """
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address[:1] not in ("/", "@"):
+        return False
+    import socket  # late: most mounts have no service manager, and the import is not free
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        try:
+            sock.connect("\0" + address[1:] if address[0] == "@" else address)
+            sock.sendall("\n".join(assignments).encode())
+        except OSError:
+            return False
+    return True

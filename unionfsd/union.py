@@ -1,0 +1,303 @@
+"""The union: what a transport talks to. It composes the floors below and keeps no rules of its own.
+
+Rules this file obeys:
+
+- Objects are nodeids, names are single components of bytes, failures are OSError.
+- Calls that cannot block are plain functions; the others are operations (`steps.Op`) that a transport drives.
+- It is entered from one thread. There is no lock: what runs between two yields is atomic, and copy-ups of one node wait
+  for each other at its gate.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import resource
+import stat
+from collections.abc import Iterator
+from functools import partial
+from typing import Final, NamedTuple
+
+from . import syscalls
+from .attributes import Attr, Attributes, Owner, SetAttr, StatLike
+from .copyup import CopyUp
+from .fdcache import FdCache
+from .handles import Handles
+from .inodes import ROOT_ID, DirNode, Node, NodeTable, child
+from .layers import LayerStack, open_stack
+from .listing import Dirent
+from .lookup import Hit, Resolver
+from .metrics import Counters, Statistics
+from .mutations import Caller, Mutations, fail
+from .options import MountConfig
+from .steps import Blocking, Op
+from .workdir import Workdir, open_workdir
+
+__all__ = ["ROOT_ID", "Attr", "Caller", "Dirent", "Found", "SetAttr", "StatLike", "Union"]
+
+log = logging.getLogger(__name__)
+
+#: Descriptors left for everything that is not a cached one.
+_SPARE_FDS: Final = 256
+_MAX_CACHED_FDS: Final = 65536
+
+
+class Found(NamedTuple):
+    """An object the kernel asked for by name, or that was created; its lookup is counted."""
+
+    nodeid: int
+    generation: int
+    attr: Attr
+
+
+class Union:
+    """One union of layers. `work` is None when nothing can be written."""
+
+    root: Final = ROOT_ID
+
+    def __init__(self, stack: LayerStack, work: Workdir | None, config: MountConfig) -> None:
+        self.config = config
+        self.counters = Counters()
+        self.stack = stack
+        self._work = work
+        self._fds = FdCache(_fd_budget())
+        self._resolver = Resolver(stack, self._fds)
+        root = self._resolver.root()
+        self._table = NodeTable(root.entry, root.ino, self._resolver.released)
+        copy_up = None if work is None else CopyUp(self._resolver, work, self._fds, self.counters)
+        self._mutations = None
+        if work is not None and copy_up is not None:
+            self._mutations = Mutations(self._resolver, self._table, work, copy_up)
+        self._handles = Handles(self._resolver, self._table, self._fds, copy_up, volatile=config.volatile)
+        self._attributes = Attributes(self._resolver, self._handles, copy_up, Owner(config.uid, config.gid))
+
+    @classmethod
+    def mount(cls, config: MountConfig) -> Union:
+        """Open, check and lock the layers of `config` and sweep the work directory; UserError for what cannot be."""
+        stack = open_stack(config)
+        try:
+            work = None if stack.work is None else open_workdir(stack, config)
+            return cls(stack, work, config)
+        except BaseException:
+            stack.close()
+            raise
+
+    def _change(self) -> Mutations:
+        if self._mutations is None or self.config.ro:
+            raise fail(errno.EROFS)
+        return self._mutations
+
+    # Names.
+
+    def lookup(self, parent: int, name: bytes) -> Found:
+        """The object `name` in the directory `parent`; ENOENT, ENOTDIR, ENAMETOOLONG."""
+        directory = self._table.directory(parent)
+        if directory.unlinked:
+            raise fail(errno.ENOENT, name)
+        node = child(directory, name)
+        if node is not None:
+            try:
+                return self._found(node, self._resolver.stat(node))
+            except FileNotFoundError:
+                log.warning("%r vanished from its layer: layers changed underneath the mount", name)
+                self._table.unname(directory, name)
+        hit = self._resolver.find(directory, name)
+        if hit is None:
+            raise fail(errno.ENOENT, name)
+        return self._found(self._node(directory, name, hit), hit.st)
+
+    def _node(self, parent: DirNode, name: bytes, hit: Hit) -> Node:
+        """The node of what was found under a name that no node has."""
+        if stat.S_ISDIR(hit.st.st_mode):
+            return self._table.add(parent, name, hit.entry, hit.ino, directory=True)
+        several = hit.entry.upper and hit.st.st_nlink > 1
+        key = (hit.st.st_dev, hit.st.st_ino)
+        node = self._table.by_inode(key) if several else None
+        if node is not None:
+            self._table.alias(node, parent, name)
+            return node
+        node = self._table.add(parent, name, hit.entry, hit.ino, directory=False)
+        if several:
+            self._table.know_inode(key, node)
+        return node
+
+    def _found(self, node: Node, st: os.stat_result) -> Found:
+        self._table.looked_up(node)
+        return Found(node.nodeid, 0, self._attributes.show(node, st))
+
+    def forget(self, nodeid: int, count: int) -> None:
+        """The kernel takes back `count` lookups."""
+        self._table.forget(nodeid, count)
+
+    def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Found:
+        self._change().mknod(self._table.directory(parent), name, mode, rdev, caller)
+        return self.lookup(parent, name)
+
+    def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Found:
+        self._change().mkdir(self._table.directory(parent), name, mode, caller)
+        return self.lookup(parent, name)
+
+    def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller) -> Found:
+        self._change().symlink(self._table.directory(parent), name, target, caller)
+        return self.lookup(parent, name)
+
+    def unlink(self, parent: int, name: bytes) -> None:
+        self._change().unlink(self._table.directory(parent), name)
+
+    def rmdir(self, parent: int, name: bytes) -> None:
+        self._change().rmdir(self._table.directory(parent), name)
+
+    def link(self, nodeid: int, newparent: int, newname: bytes) -> Op[Found]:
+        """A further name for `nodeid`; its lookup is counted."""
+        node = self._table.get(nodeid)
+        yield from self._change().link(node, self._table.directory(newparent), newname)
+        return self._found(node, self._resolver.stat(node))
+
+    def rename(self, parent: int, name: bytes, newparent: int, newname: bytes, flags: int) -> Op[None]:
+        """renameat2(2) with RENAME_NOREPLACE or RENAME_EXCHANGE."""
+        source, target = self._table.directory(parent), self._table.directory(newparent)
+        yield from self._change().rename(source, name, target, newname, flags)
+
+    def create(self, parent: int, name: bytes, mode: int, flags: int, caller: Caller) -> Op[Found]:
+        """open(2) with O_CREAT: create the file unless it is there and O_EXCL is not asked for; counts an open."""
+        directory = self._table.directory(parent)
+        try:
+            fd = self._change().create(directory, name, stat.S_IFREG | stat.S_IMODE(mode), caller)
+        except FileExistsError:
+            if flags & os.O_EXCL:
+                raise
+            found = self.lookup(parent, name)
+            yield from self._handles.open(self._table.get(found.nodeid), flags)
+            return found
+        found = self.lookup(parent, name)
+        self._handles.opened(self._table.get(found.nodeid), fd)
+        return found
+
+    def tmpfile(self, parent: int, mode: int, flags: int, caller: Caller) -> Op[Found]:
+        """open(2) with O_TMPFILE; counts a lookup and an open."""
+        directory = self._table.directory(parent)
+        fd = self._change().tmpfile(directory, stat.S_IFREG | stat.S_IMODE(mode), caller)
+        node = self._table.add_unnamed(directory, self.stack.ino(os.fstat(fd.fd)))
+        node.state().orphan = syscalls.reopen(fd.fd, os.O_PATH)
+        self._handles.opened(node, fd)
+        yield from ()
+        return self._found(node, os.fstat(fd.fd))
+
+    # Attributes.
+
+    def getattr(self, nodeid: int) -> Attr:
+        return self._attributes.get(self._table.get(nodeid))
+
+    def setattr(self, nodeid: int, change: SetAttr, caller: Caller) -> Op[Attr]:
+        """Change attributes; the caller's right to do so was checked by the kernel."""
+        self._change()
+        return (yield from self._attributes.set(self._table.get(nodeid), change))
+
+    def readlink(self, nodeid: int) -> bytes:
+        """Target of a symlink; EINVAL for anything else."""
+        with self._resolver.open_object(self._table.get(nodeid)) as fd:
+            return syscalls.readlink(fd.fd)
+
+    def getxattr(self, nodeid: int, name: bytes) -> bytes:
+        return self._attributes.getxattr(self._table.get(nodeid), name)
+
+    def listxattr(self, nodeid: int) -> list[bytes]:
+        return self._attributes.listxattr(self._table.get(nodeid))
+
+    def setxattr(self, nodeid: int, name: bytes, value: bytes, flags: int) -> Op[None]:
+        self._change()
+        yield from self._attributes.setxattr(self._table.get(nodeid), name, value, flags)
+
+    def removexattr(self, nodeid: int, name: bytes) -> Op[None]:
+        self._change()
+        yield from self._attributes.removexattr(self._table.get(nodeid), name)
+
+    def statfs(self, nodeid: int) -> os.statvfs_result:
+        """Space of the upper, or of the topmost lower when there is no upper."""
+        return os.fstatvfs(self.stack.top.root.fd)
+
+    # Data.
+
+    def open(self, nodeid: int, flags: int) -> Op[None]:
+        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
+            self._change()
+        yield from self._handles.open(self._table.get(nodeid), flags)
+
+    def release(self, nodeid: int) -> None:
+        self._handles.release(self._table.get(nodeid))
+
+    def read(self, nodeid: int, size: int, offset: int) -> Op[memoryview]:
+        return self._handles.read(self._table.get(nodeid), size, offset)
+
+    def readinto(self, nodeid: int, buffer: memoryview, offset: int) -> Op[int]:
+        return self._handles.readinto(self._table.get(nodeid), buffer, offset)
+
+    def write(self, nodeid: int, data: bytes | bytearray | memoryview, offset: int) -> Op[int]:
+        self._change()
+        return self._handles.write(self._table.get(nodeid), data, offset)
+
+    def flush(self, nodeid: int) -> Op[None]:
+        return self._handles.flush(self._table.get(nodeid))
+
+    def fsync(self, nodeid: int, datasync: bool) -> Op[None]:
+        return self._handles.fsync(self._table.get(nodeid), datasync)
+
+    def fsyncdir(self, nodeid: int, datasync: bool) -> Op[None]:
+        return self._handles.fsync(self._table.directory(nodeid), datasync)
+
+    def fallocate(self, nodeid: int, mode: int, offset: int, length: int) -> Op[None]:
+        self._change()
+        return self._handles.fallocate(self._table.get(nodeid), mode, offset, length)
+
+    def lseek(self, nodeid: int, offset: int, whence: int) -> Op[int]:
+        return self._handles.lseek(self._table.get(nodeid), offset, whence)
+
+    def copy_file_range(self, source: int, offset: int, target: int, target_offset: int, length: int) -> Op[int]:
+        self._change()
+        nodes = self._table.get(source), self._table.get(target)
+        return self._handles.copy_file_range(nodes[0], offset, nodes[1], target_offset, length)
+
+    # Directories.
+
+    def opendir(self, nodeid: int) -> None:
+        """ENOTDIR unless `nodeid` is a directory."""
+        self._table.directory(nodeid)
+
+    def listdir(self, nodeid: int, cookie: int) -> Iterator[Dirent]:
+        """The entries after `cookie`, of a fresh snapshot when it is 0; "." and ".." come first."""
+        node = self._table.directory(nodeid)
+        if node.snapshot is None or cookie == 0:
+            node.snapshot = self._resolver.listing(node)
+        return node.snapshot.after(cookie)
+
+    def releasedir(self, nodeid: int) -> None:
+        """No reader is in the middle of the directory's listing any more."""
+        self._table.directory(nodeid).snapshot = None
+
+    # The mount as a whole.
+
+    def shutdown(self) -> Op[None]:
+        """Put the upper on disk, unless the mount is volatile: the kernel sends no such request when it unmounts."""
+        upper = self.stack.upper
+        if upper is None or self.config.volatile:
+            return
+        with syscalls.reopen(upper.root.fd, os.O_RDONLY | os.O_DIRECTORY) as fd:
+            yield Blocking(partial(syscalls.syncfs, fd.fd))
+
+    def close(self) -> None:
+        """Close every descriptor and give up the locks."""
+        self._table.close()
+        self._fds.close()
+        if self._work is not None:
+            self._work.close()
+        self.stack.close()
+
+    def statistics(self) -> Statistics:
+        """What the mount did so far, and what it holds now."""
+        return self.counters.statistics()
+
+
+def _fd_budget() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return min(max(soft - _SPARE_FDS, soft // 2), _MAX_CACHED_FDS)

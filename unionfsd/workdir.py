@@ -1,0 +1,398 @@
+"""The work directory: where everything that enters the upper is staged, and swept when it did not.
+
+Rules this file obeys:
+
+- Whatever appears in the upper appears whole, by one rename or link out of ``work/work`` (fs/overlayfs/super.c has the
+  layout). What a crash leaves there is litter: the next mount sweeps it, and nothing else needs repair.
+- A staged name is ``#`` and a number, as the kernel's are (ovl_tempname).
+- What the upper's file system can do is tried, not looked up: `Abilities` says what worked.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+from typing import Final, Literal, NamedTuple
+
+from . import format as fmt
+from . import syscalls
+from .errors import LAYER, UserError
+from .layers import LayerStack, is_xattr_whiteout
+from .options import MountConfig
+from .syscalls import Fd
+
+log = logging.getLogger(__name__)
+
+WhiteoutForm = Literal["chardev", "xattr", "wh"]
+
+_OURS: Final = {fmt.WORK, fmt.INDEX}
+_UNSUPPORTED: Final = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EISDIR}
+
+
+class Abilities(NamedTuple):
+    """What the upper can do. `namespace` is the prefix of the format's xattrs, None when the upper keeps none."""
+
+    namespace: bytes | None
+    whiteout: WhiteoutForm
+    tmpfile: bool
+    noreplace: bool
+    exchange: bool
+    rename_whiteout: bool
+
+
+class Staged:
+    """An object that is not in the upper yet: `fd` refers to it, `name` is its name in work, None for an O_TMPFILE.
+
+    One of the `publish` methods makes it visible; `abandon` takes it away. After either it is spent.
+    """
+
+    __slots__ = ("_work", "fd", "name")
+
+    def __init__(self, work: Workdir, fd: Fd, name: bytes | None) -> None:
+        self._work = work
+        self.fd = fd
+        self.name = name
+
+    def publish(self, dirfd: int, name: bytes) -> None:
+        """Make it `name` in the directory `dirfd`, where nothing has that name; EEXIST otherwise."""
+        if self.name is None:
+            syscalls.link_fd(self.fd.fd, dirfd, name)
+        else:
+            self._work.rename_out(self.name, dirfd, name)
+            self.name = None
+
+    def publish_over(self, dirfd: int, name: bytes) -> None:
+        """Make it `name` in `dirfd` in place of the whiteout or the non-directory that is there."""
+        staged = self._named()
+        if stat.S_ISDIR(os.fstat(self.fd.fd).st_mode):
+            syscalls.renameat2(self._work.fd, staged, dirfd, name, syscalls.RENAME_EXCHANGE)
+            self.abandon()
+        else:
+            syscalls.renameat2(self._work.fd, staged, dirfd, name)
+            self.name = None
+
+    def _named(self) -> bytes:
+        if self.name is None:
+            name = self._work.fresh_name()
+            syscalls.link_fd(self.fd.fd, self._work.fd, name)
+            self.name = name
+        return self.name
+
+    def abandon(self) -> None:
+        """Remove what stands under its name in work: itself, or what it was exchanged with."""
+        name, self.name = self.name, None
+        if name is not None:
+            self._work.discard(name)
+
+
+class Workdir:
+    """The open work directory of one mount. `fd` is the number of an O_PATH fd of ``work/work``."""
+
+    def __init__(self, directory: Fd, abilities: Abilities, *, volatile: bool) -> None:
+        self._directory = directory
+        self.fd = directory.fd
+        self.abilities = abilities
+        self.volatile = volatile
+        self.litter = 0
+        self._counter = 0
+        self._whiteout: bytes | None = None
+
+    def fresh_name(self) -> bytes:
+        """A name that nothing in work has: work is swept at mount and locked."""
+        self._counter += 1
+        return b"#%x" % self._counter
+
+    def xattr(self, suffix: bytes) -> bytes | None:
+        """Full name of one of the format's xattrs on this upper; None when it keeps none."""
+        namespace = self.abilities.namespace
+        return None if namespace is None else namespace + suffix
+
+    def mark(self, fd: int, suffix: bytes, value: bytes) -> None:
+        """Set one of the format's xattrs on the object `fd`; EOPNOTSUPP when the upper keeps none."""
+        name = self.xattr(suffix)
+        if name is None:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        syscalls.setxattr(fd, name, value)
+
+    def mark_opaque(self, fd: int) -> None:
+        """Make the upper directory `fd` hide everything below it, by ``.wh..wh..opq`` where there are no xattrs."""
+        if self.abilities.namespace is not None:
+            self.mark(fd, fmt.OPAQUE, fmt.OPAQUE_YES)
+        else:
+            syscalls.create_at(fd, fmt.WH_OPAQUE, 0o600).close()
+
+    # Staging.
+
+    def stage_file(self, mode: int) -> Staged:
+        """An empty regular file, `fd` opened O_RDWR."""
+        if self.abilities.tmpfile:
+            return Staged(self, syscalls.tmpfile_at(self.fd, mode), None)
+        name = self.fresh_name()
+        return Staged(self, syscalls.create_at(self.fd, name, mode), name)
+
+    def stage_dir(self, mode: int) -> Staged:
+        """An empty directory, `fd` O_PATH."""
+        name = self.fresh_name()
+        syscalls.mkdir_at(self.fd, name, mode)
+        return Staged(self, syscalls.open_dir(self.fd, name), name)
+
+    def stage_node(self, mode: int, rdev: int) -> Staged:
+        """A FIFO, socket or device node, `fd` O_PATH."""
+        name = self.fresh_name()
+        syscalls.mknod_at(self.fd, name, mode, rdev)
+        return Staged(self, syscalls.open_object(self.fd, name), name)
+
+    def stage_symlink(self, target: bytes) -> Staged:
+        """A symlink, `fd` O_PATH."""
+        name = self.fresh_name()
+        syscalls.symlink_at(target, self.fd, name)
+        return Staged(self, syscalls.open_object(self.fd, name), name)
+
+    def rename_out(self, staged: bytes, dirfd: int, name: bytes) -> None:
+        flags = syscalls.RENAME_NOREPLACE if self.abilities.noreplace else 0
+        syscalls.renameat2(self.fd, staged, dirfd, name, flags)
+
+    # Whiteouts that are entries of their own (forms chardev and xattr).
+
+    def stage_whiteout(self) -> bytes:
+        """Name in work of a whiteout that may be renamed out."""
+        name = self.fresh_name()
+        self.place_whiteout(self.fd, name)
+        return name
+
+    def place_whiteout(self, dirfd: int, name: bytes) -> None:
+        """Make `name`, which nothing has, a whiteout in one call: a link of a shared one, as the kernel does."""
+        for _ in range(2):
+            try:
+                syscalls.link_at(self.fd, self._shared_whiteout(), dirfd, name)
+                return
+            except OSError as exc:
+                # A full link count, or a file system without hard links: a whiteout of its own.
+                if exc.errno not in (errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP):
+                    raise
+                self._retire_whiteout()
+        syscalls.renameat2(self.fd, self._make_whiteout(), dirfd, name)
+
+    def _shared_whiteout(self) -> bytes:
+        if self._whiteout is None:
+            self._whiteout = self._make_whiteout()
+        return self._whiteout
+
+    def _make_whiteout(self) -> bytes:
+        name = self.fresh_name()
+        if self.abilities.whiteout == "chardev":
+            syscalls.mknod_at(self.fd, name, stat.S_IFCHR, os.makedev(0, 0))
+        else:
+            with syscalls.create_at(self.fd, name, 0o600) as fd:
+                self.mark(fd.fd, fmt.WHITEOUT, fmt.OPAQUE_YES)
+        return name
+
+    def _retire_whiteout(self) -> None:
+        name, self._whiteout = self._whiteout, None
+        if name is not None:
+            self.discard(name)
+
+    # Cleaning.
+
+    def discard(self, name: bytes) -> None:
+        """Remove `name` from work, whatever it is. Best effort: what stays is counted and swept at the next mount."""
+        try:
+            remove_tree(self.fd, name)
+        except FileNotFoundError:
+            pass
+        except OSError as exc:
+            self.litter += 1
+            log.warning("work: %s stays until the next mount: %s", os.fsdecode(name), exc.strerror)
+
+    def close(self) -> None:
+        """Take the shared whiteout away and close; what is staged by others stays for the sweep."""
+        self._retire_whiteout()
+        self._directory.close()
+
+
+def remove_tree(dirfd: int, name: bytes) -> None:
+    """Remove `name` beneath `dirfd` with all that it holds, following nothing."""
+    try:
+        syscalls.unlink_at(dirfd, name)
+        return
+    except (IsADirectoryError, PermissionError) as exc:
+        if not stat.S_ISDIR(syscalls.stat_at(dirfd, name).st_mode):
+            raise exc
+    with syscalls.open_dir(dirfd, name) as fd:
+        with os.scandir(syscalls.proc_path(fd.fd)) as entries:
+            names = [entry.name for entry in entries]
+        for child in names:
+            remove_tree(fd.fd, child)
+    syscalls.rmdir_at(dirfd, name)
+
+
+def open_workdir(stack: LayerStack, config: MountConfig) -> Workdir:
+    """Sweep and probe the work directory of `stack`, which has one; UserError when it is not ours to sweep."""
+    assert stack.work is not None
+    assert stack.upper is not None
+    assert config.workdir is not None
+    path = os.fsdecode(config.workdir)
+    _refuse_foreign(stack.work.fd, path)
+    _refuse_other_mount(stack.work.fd, stack.upper.root.fd, path)
+    directory = _open_or_make(stack.work.fd, fmt.WORK)
+    _sweep(directory.fd, path)
+    try:
+        abilities = _probe(directory.fd, config)
+    except OSError as exc:
+        raise UserError(f"workdir {path}: {exc.strerror}", hint="the upper must be writable", code=LAYER) from exc
+    if config.volatile:
+        _mark_volatile(directory.fd)
+    return Workdir(directory, abilities, volatile=config.volatile)
+
+
+def _names(fd: int) -> list[bytes]:
+    with os.scandir(syscalls.proc_path(fd)) as entries:
+        return [entry.name for entry in entries]
+
+
+def _refuse_foreign(fd: int, path: str) -> None:
+    foreign = sorted(set(_names(fd)) - _OURS)
+    if foreign:
+        raise UserError(
+            f"workdir {path} holds {os.fsdecode(foreign[0])!r}, which is not a union's",
+            hint="give an empty directory: the work directory is emptied at every mount",
+            code=LAYER,
+        )
+
+
+def _refuse_other_mount(work: int, upper: int, path: str) -> None:
+    if _mount_id(work) != _mount_id(upper):
+        raise UserError(
+            f"workdir {path} is reached through another mount than upperdir",
+            hint="put both under the same mount: nothing can be renamed between two mounts",
+            code=LAYER,
+        )
+
+
+def _mount_id(fd: int) -> bytes:
+    with open(b"/proc/self/fdinfo/%d" % fd, "rb") as info:
+        return next(line for line in info if line.startswith(b"mnt_id:"))
+
+
+def _open_or_make(dirfd: int, name: bytes) -> Fd:
+    try:
+        syscalls.mkdir_at(dirfd, name, 0o700)
+    except FileExistsError:
+        pass
+    return syscalls.open_dir(dirfd, name)
+
+
+def _sweep(fd: int, path: str) -> None:
+    """Remove what a crash left staged; an upper that was volatile is refused (ovl.rst, "Volatile")."""
+    for name in _names(fd):
+        if name == fmt.INCOMPAT:
+            raise UserError(
+                f"workdir {path}: the last mount of this upper was volatile, and a crash may have damaged it",
+                hint=f"check the upper, then remove {path}/work/incompat to accept it",
+                code=LAYER,
+            )
+        remove_tree(fd, name)
+
+
+def _mark_volatile(fd: int) -> None:
+    with _open_or_make(fd, fmt.INCOMPAT) as incompat:
+        _open_or_make(incompat.fd, fmt.VOLATILE).close()
+
+
+def _probe(fd: int, config: MountConfig) -> Abilities:
+    a, b = b"#probe-a", b"#probe-b"
+    namespace = _probe_namespace(fd, a, config)
+    form = _probe_whiteout(fd, a, config, namespace)
+    exchange = _probe_rename(fd, a, b, syscalls.RENAME_EXCHANGE, both=True)
+    noreplace = _probe_rename(fd, a, b, syscalls.RENAME_NOREPLACE)
+    whiteout = form == "chardev" and _probe_rename(fd, a, b, syscalls.RENAME_WHITEOUT)
+    found = Abilities(namespace, form, _probe_tmpfile(fd), noreplace, exchange, whiteout)
+    _report(found)
+    return found
+
+
+def _report(found: Abilities) -> None:
+    if found.namespace is None:
+        log.warning("upper keeps no xattrs: opaque directories are written as .wh..wh..opq, origins are not recorded")
+    if not found.exchange:
+        log.warning("upper has no RENAME_EXCHANGE: replacing a deleted directory is refused with EXDEV")
+
+
+def _probe_namespace(fd: int, name: bytes, config: MountConfig) -> bytes | None:
+    wanted = (fmt.USER,) if config.userxattr else (fmt.TRUSTED, fmt.USER)
+    with syscalls.create_at(fd, name, 0o600) as probe:
+        found = next((ns for ns in wanted if _accepts(probe.fd, ns)), None)
+    remove_tree(fd, name)
+    return found
+
+
+def _accepts(fd: int, namespace: bytes) -> bool:
+    try:
+        syscalls.setxattr(fd, namespace + fmt.OPAQUE, fmt.OPAQUE_YES)
+    except OSError as exc:
+        if exc.errno in _UNSUPPORTED:
+            return False
+        raise
+    return True
+
+
+def _probe_whiteout(fd: int, name: bytes, config: MountConfig, namespace: bytes | None) -> WhiteoutForm:
+    if config.whiteout == "wh":
+        return "wh"
+    if config.whiteout in ("auto", "chardev"):
+        try:
+            syscalls.mknod_at(fd, name, stat.S_IFCHR, os.makedev(0, 0))
+            remove_tree(fd, name)
+            return "chardev"
+        except OSError as exc:
+            if exc.errno not in _UNSUPPORTED:
+                raise
+            if config.whiteout == "chardev":
+                raise _no_whiteouts("chardev", exc.strerror) from exc
+    if namespace is not None:
+        return "xattr"
+    if config.whiteout == "xattr":
+        raise _no_whiteouts("xattr", "it keeps no xattrs")
+    return "wh"
+
+
+def _no_whiteouts(form: str, why: str | None) -> UserError:
+    return UserError(f"upper cannot keep whiteouts of the form {form}: {why}", hint="use whiteout=auto", code=LAYER)
+
+
+def _probe_rename(fd: int, a: bytes, b: bytes, flag: int, *, both: bool = False) -> bool:
+    for name in (a, b) if both else (a,):
+        syscalls.create_at(fd, name, 0o600).close()
+    try:
+        syscalls.renameat2(fd, a, fd, b, flag)
+        return True
+    except OSError as exc:
+        if exc.errno not in _UNSUPPORTED:
+            raise
+        return False
+    finally:
+        for name in (a, b):
+            try:
+                remove_tree(fd, name)
+            except FileNotFoundError:
+                pass
+
+
+def _probe_tmpfile(fd: int) -> bool:
+    name = b"#probe-t"
+    try:
+        with syscalls.tmpfile_at(fd, 0o600) as probe:
+            syscalls.link_fd(probe.fd, fd, name)
+    except OSError:
+        return False
+    remove_tree(fd, name)
+    return True
+
+
+def is_whiteout(dirfd: int, name: bytes, st: os.stat_result, *, xwhiteouts: bool) -> bool:
+    """Whether the entry `name` with `st` is a whiteout of one of the forms that are entries of their own."""
+    if fmt.is_whiteout_device(st.st_mode, st.st_rdev):
+        return True
+    return xwhiteouts and stat.S_ISREG(st.st_mode) and not st.st_size and is_xattr_whiteout(dirfd, name)
