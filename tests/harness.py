@@ -284,7 +284,9 @@ class Daemon(Mount):
             )
         self._watchdog = Watchdog(self._patience, f"kill -KILL {self.pid}; umount --force --lazy '{self.path}'")
         wait_for(lambda: self.mounted or self._exited, "not mounted")
-        assert not self._exited, f"the daemon did not mount: {self.log.read_text()}"
+        assert not self._exited, (
+            f"the daemon did not mount, exit {self._process and self._process.poll()}: {self.log.read_text()}"
+        )
         os.stat(self.path)
 
     @property
@@ -294,7 +296,8 @@ class Daemon(Mount):
     def unmount(self) -> None:
         super().unmount()
         assert self._process is not None
-        assert self._process.wait(10) == 0, f"exit {self._process.returncode}: {self.log.read_text()}"
+        # It puts the whole upper on disk first, which may take as long as what else is written there.
+        assert self._process.wait(60) == 0, f"exit {self._process.returncode}: {self.log.read_text()}"
         self._call_off()
 
     def kill(self) -> None:

@@ -160,6 +160,34 @@ class Handles:
         yield from ()
         return os.lseek(self._readable(node).fd, offset, whence)
 
+    def backing(self, node: Node) -> Fd | None:
+        """The descriptor of the file that the kernel may read and write in place of us while `node` is open.
+
+        An upper file's is O_RDWR, whatever it is opened for: all opens of a node must have the same. A lower file's is given
+        away only where nothing can be written: elsewhere a copy-up could not take it back (docs/performance.md).
+        """
+        if not node.entry.upper:
+            return self._readable(node) if self._copy_up is None else None
+        state = node.state()
+        if state.fd is None or not state.writable:
+            self._fds.admit(state, self._open(node, state, write=True))
+            state.writable = True
+        return state.fd
+
+    def ioctl(self, node: Node, command: int, data: bytes) -> Op[bytes]:
+        """One of the inode flag ioctls with its argument `data`; returns what it answers. ENOTTY for all others.
+
+        The kernel has checked the caller's right (vfs_fileattr_set).
+        """
+        if command not in syscalls.FLAG_IOCTLS:
+            raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
+        if command in syscalls.FLAG_CHANGES:
+            if self._copy_up is None:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            yield from self._copy_up.node(node)
+        with self._resolver.open_object(node) as found, syscalls.reopen(found.fd, os.O_RDONLY | os.O_NONBLOCK) as fd:
+            return syscalls.flag_ioctl(fd.fd, command, data)
+
     def copy_file_range(self, source: Node, offset: int, target: Node, target_offset: int, length: int) -> Op[int]:
         """copy_file_range(2) between two files of the mount; EXDEV where the layers' file systems cannot."""
         out = yield from self.writable(target)

@@ -16,7 +16,7 @@ import os
 import stat
 from typing import Final, NamedTuple
 
-from . import acl, syscalls
+from . import acl, intent, syscalls
 from . import format as fmt
 from .copyup import CopyUp, apply_metadata, read_metadata
 from .inodes import UPPER, DirNode, Heritage, Node, NodeTable, child
@@ -48,6 +48,16 @@ class Place(NamedTuple):
 def fail(number: int, name: bytes = b"") -> OSError:
     """The OSError of an errno."""
     return OSError(number, os.strerror(number), os.fsdecode(name)) if name else OSError(number, os.strerror(number))
+
+
+def path_of(place: Place) -> tuple[bytes, ...]:
+    """Its path from the root of the upper."""
+    names = [place.name]
+    at = place.parent
+    while at.parent is not None:
+        names.append(at.name)
+        at = at.parent
+    return tuple(reversed(names))
 
 
 class Mutations:
@@ -201,14 +211,8 @@ class Mutations:
             self._whiteout(place)
             syscalls.unlink_at(place.dirfd, place.name)
         else:
-            self._rename_over(self._work.stage_whiteout(), place, 0)
-
-    def _rename_over(self, staged: bytes, place: Place, flags: int) -> None:
-        try:
-            syscalls.renameat2(self._work.fd, staged, place.dirfd, place.name, flags)
-        except BaseException:
-            self._work.discard(staged)
-            raise
+            self._expect_whiteout(place)
+            self._work.replace_by_whiteout(place.dirfd, place.name, directory=False)
 
     def _victim(self, parent: DirNode, name: bytes) -> Hit:
         self._alive(parent)
@@ -225,12 +229,12 @@ class Mutations:
                 syscalls.create_at(place.dirfd, fmt.wh_name(place.name), 0o600).close()
                 hidden.add(place.name)
             return
-        if self._work.abilities.whiteout == "xattr":
-            self._expect_xattr_whiteouts(place)
+        self._expect_whiteout(place)
         self._work.place_whiteout(place.dirfd, place.name)
 
-    def _expect_xattr_whiteouts(self, place: Place) -> None:
-        if not self._resolver.xwhiteouts(place.parent):
+    def _expect_whiteout(self, place: Place) -> None:
+        """Mark the upper directory if it takes a mark for its whiteouts to be looked at."""
+        if self._work.abilities.whiteout == "xattr" and not self._resolver.xwhiteouts(place.parent):
             self._work.mark(place.dirfd, fmt.OPAQUE, fmt.OPAQUE_XWHITEOUTS)
             place.parent.xwhiteouts = True
 
@@ -269,11 +273,8 @@ class Mutations:
 
     def _remove_upper_dir(self, place: Place, below: bool) -> None:
         if below and self._work.abilities.whiteout != "wh":
-            if self._work.abilities.whiteout == "xattr":
-                self._expect_xattr_whiteouts(place)
-            staged = self._work.stage_whiteout()
-            self._rename_over(staged, place, syscalls.RENAME_EXCHANGE)
-            self._work.discard(staged)
+            self._expect_whiteout(place)
+            self._work.replace_by_whiteout(place.dirfd, place.name, directory=True)
             return
         if below:
             self._whiteout(place)
@@ -453,13 +454,11 @@ class Mutations:
         else:
             self._replace_and_whiteout(here, there)
 
-    def _expect_whiteout(self, place: Place) -> None:
-        if self._work.abilities.whiteout == "xattr":
-            self._expect_xattr_whiteouts(place)
-
     def _replace_and_whiteout(self, here: Place, there: Place) -> None:
-        """Where there is no RENAME_WHITEOUT: two steps, with both objects in sight between them. docs/deviations.md."""
+        """Where there is no RENAME_WHITEOUT: two calls, made one by a record that the next mount would act upon."""
         self._expect_whiteout(here)
-        staged = self._work.stage_whiteout()
+        old = syscalls.stat_at(there.dirfd, there.name)
+        intent.record(self._work, path_of(here), old.st_ino)
         syscalls.renameat2(here.dirfd, here.name, there.dirfd, there.name, syscalls.RENAME_EXCHANGE)
-        self._rename_over(staged, here, 0)
+        self._work.replace_by_whiteout(here.dirfd, here.name, directory=stat.S_ISDIR(old.st_mode))
+        intent.retire(self._work)

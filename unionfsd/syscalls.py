@@ -85,6 +85,7 @@ MUTATING: Final = (
     "clone",
     "copy_range",
     "fallocate",
+    "flag_ioctl",
     "fsync",
     "fdatasync",
     "syncfs",
@@ -297,6 +298,48 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2) with its FALLOC_FL_* modes."""
     if _fallocate(fd, mode, offset, length):
         raise _error()
+
+
+FS_IOC_GETFLAGS: Final = 0x80086601
+FS_IOC_SETFLAGS: Final = 0x40086602
+FS_IOC_GETVERSION: Final = 0x80087601
+FS_IOC_FSGETXATTR: Final = 0x801C581F
+FS_IOC_FSSETXATTR: Final = 0x401C5820
+#: The ioctls about the flags of an inode (include/uapi/linux/fs.h), and those of them that change something.
+FLAG_IOCTLS: Final = (FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_IOC_GETVERSION, FS_IOC_FSGETXATTR, FS_IOC_FSSETXATTR)
+FLAG_CHANGES: Final = (FS_IOC_SETFLAGS, FS_IOC_FSSETXATTR)
+_FLAG_SIZES: Final = {FS_IOC_FSGETXATTR: 28, FS_IOC_FSSETXATTR: 28}
+
+
+def flag_ioctl(fd: int, command: int, data: bytes) -> bytes:
+    """One of FLAG_IOCTLS on `fd` (readable); `data` is its argument, the result what the file system answered.
+
+    The argument is an int, or struct fsxattr; EINVAL when `data` is too short for it.
+    """
+    size = _FLAG_SIZES.get(command, 4)
+    if command in FLAG_CHANGES and len(data) < size:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    argument = bytearray(data[:size].ljust(8 if size == 4 else size, b"\0"))
+    fcntl.ioctl(fd, command, argument)
+    return b"" if command in FLAG_CHANGES else bytes(argument[:size])
+
+
+_statx = _libc.statx
+_statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p)
+_STATX_BTIME: Final = 0x800
+_STATX_SIZE: Final = 256
+_STATX_BTIME_AT: Final = 0x50
+
+
+def birth_time(fd: int) -> int | None:
+    """When the object `fd` (O_PATH allowed) was made, in ns since the epoch; None where its file system does not know."""
+    buf = ctypes.create_string_buffer(_STATX_SIZE)
+    if _statx(fd, b"", AT_EMPTY_PATH, _STATX_BTIME, buf):
+        raise _error()
+    if not struct.unpack_from("=I", buf)[0] & _STATX_BTIME:
+        return None
+    seconds, nanoseconds = struct.unpack_from("=qI", buf, _STATX_BTIME_AT)
+    return int(seconds) * 1_000_000_000 + int(nanoseconds)
 
 
 def fsync(fd: int) -> None:

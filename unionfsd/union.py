@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Final, NamedTuple
 
-from . import syscalls
+from . import intent, syscalls
 from .attributes import Attr, Attributes, Owner, SetAttr, StatLike
 from .copyup import CopyUp
 from .fdcache import FdCache
@@ -77,7 +77,10 @@ class Union:
         """Open, check and lock the layers of `config` and sweep the work directory; UserError for what cannot be."""
         stack = open_stack(config)
         try:
-            work = None if stack.work is None else open_workdir(stack, config)
+            work = None
+            if stack.work is not None and stack.upper is not None:
+                work = open_workdir(stack, config)
+                intent.recover(work, stack.upper.root.fd)
             return cls(stack, work, config)
         except BaseException:
             stack.close()
@@ -189,6 +192,11 @@ class Union:
     def getattr(self, nodeid: int) -> Attr:
         return self._attributes.get(self._table.get(nodeid))
 
+    def birth_time(self, nodeid: int) -> int | None:
+        """When the object was made, in ns since the epoch; None where its layer does not know."""
+        with self._resolver.open_object(self._table.get(nodeid)) as fd:
+            return syscalls.birth_time(fd.fd)
+
     def setattr(self, nodeid: int, change: SetAttr, caller: Caller) -> Op[Attr]:
         """Change attributes; the caller's right to do so was checked by the kernel."""
         self._change()
@@ -253,6 +261,14 @@ class Union:
     def lseek(self, nodeid: int, offset: int, whence: int) -> Op[int]:
         return self._handles.lseek(self._table.get(nodeid), offset, whence)
 
+    def backing(self, nodeid: int) -> syscalls.Fd | None:
+        """The file the kernel may use in place of us while `nodeid` is open; None where it must ask."""
+        return self._handles.backing(self._table.get(nodeid))
+
+    def ioctl(self, nodeid: int, command: int, data: bytes) -> Op[bytes]:
+        """FS_IOC_GETFLAGS, SETFLAGS, FSGETXATTR, FSSETXATTR or GETVERSION; ENOTTY for others."""
+        return self._handles.ioctl(self._table.get(nodeid), command, data)
+
     def copy_file_range(self, source: int, offset: int, target: int, target_offset: int, length: int) -> Op[int]:
         self._change()
         nodes = self._table.get(source), self._table.get(target)
@@ -278,7 +294,11 @@ class Union:
     # The mount as a whole.
 
     def shutdown(self) -> Op[None]:
-        """Put the upper on disk, unless the mount is volatile: the kernel sends no such request when it unmounts."""
+        """The last operation: puts the upper on disk, as the kernel asks nobody to when it unmounts."""
+        return self.syncfs()
+
+    def syncfs(self) -> Op[None]:
+        """Put the upper on disk, unless the mount is volatile."""
         upper = self.stack.upper
         if upper is None or self.config.volatile:
             return

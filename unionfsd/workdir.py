@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 
 WhiteoutForm = Literal["chardev", "xattr", "wh"]
 
+#: The record that `intent` keeps in work; the sweep leaves it to be acted upon.
+INTENT: Final = b"#intent"
+
 _OURS: Final = {fmt.WORK, fmt.INDEX}
 _UNSUPPORTED: Final = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EISDIR}
 
@@ -162,6 +165,17 @@ class Workdir:
         self.place_whiteout(self.fd, name)
         return name
 
+    def replace_by_whiteout(self, dirfd: int, name: bytes, *, directory: bool) -> None:
+        """Put a whiteout in the place of the object `name`, in one call; a `directory` is then emptied out of sight."""
+        staged = self.stage_whiteout()
+        try:
+            syscalls.renameat2(self.fd, staged, dirfd, name, syscalls.RENAME_EXCHANGE if directory else 0)
+        except BaseException:
+            self.discard(staged)
+            raise
+        if directory:
+            self.discard(staged)
+
     def place_whiteout(self, dirfd: int, name: bytes) -> None:
         """Make `name`, which nothing has, a whiteout in one call: a link of a shared one, as the kernel does."""
         for _ in range(2):
@@ -287,6 +301,8 @@ def _open_or_make(dirfd: int, name: bytes) -> Fd:
 def _sweep(fd: int, path: str) -> None:
     """Remove what a crash left staged; an upper that was volatile is refused (ovl.rst, "Volatile")."""
     for name in _names(fd):
+        if name == INTENT:
+            continue
         if name == fmt.INCOMPAT:
             raise UserError(
                 f"workdir {path}: the last mount of this upper was volatile, and a crash may have damaged it",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
 import shlex
 import signal
 import socket
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import GROUP, PROJECT, USER, Layers, Mode, Watchdog, mounts, run, wait_for
+from tests.harness import PROJECT, Layers, Mode, Watchdog, mounts, run, wait_for
 from unionfsd import errors, syscalls
 
 FUSE_SUPER_MAGIC = "65735546"
@@ -256,53 +257,65 @@ def test_a_mount_that_the_caller_made(cli: Cli) -> None:
     cli.wait_until_ended()
 
 
+class Ordinary:
+    """An ordinary user in a mount namespace where /dev/fuse is open to everybody, as distributions have it."""
+
+    # fusermount3 wants a user that has a name.
+    USER = pwd.getpwnam("nobody")
+    BECOME = f"setpriv --reuid {USER.pw_uid} --regid {USER.pw_gid} --clear-groups"
+
+    def __init__(self, cli: Cli) -> None:
+        self.cli = cli
+        self.device = cli.layers.root / "fuse"
+        os.mknod(self.device, stat.S_IFCHR, os.makedev(10, 229))
+        self.device.chmod(0o666)
+        for directory in (cli.mnt, cli.layers.upper, cli.layers.work):
+            os.chown(directory, self.USER.pw_uid, self.USER.pw_gid)
+
+    def __call__(self, script: str) -> Done:
+        """Run a shell script as root in that namespace."""
+        script = f"set -e\nmount --bind {self.device} /dev/fuse\n{textwrap.dedent(script)}"
+        return self.cli.complete(["unshare", "--mount", "sh", "-c", script])
+
+
 def test_an_ordinary_user(cli: Cli) -> None:
-    """Through fusermount3, in a mount namespace where /dev/fuse is open to everybody, as distributions have it."""
-    root = cli.layers.root
-    for directory in (cli.mnt, cli.layers.upper, cli.layers.work, cli.layers.lower):
-        os.chown(directory, USER, GROUP)
-    os.mknod(root / "fuse", 0o666 | stat.S_IFCHR, os.makedev(10, 229))
-    (root / "fuse").chmod(0o666)
-    me = f"setpriv --reuid {USER} --regid {GROUP} --clear-groups"
-    script = f"""
-        set -e
-        mount --bind {root}/fuse /dev/fuse
+    run_as_root = Ordinary(cli)
+    me = Ordinary.BECOME
+    done = run_as_root(f"""
         {me} {shlex.join(cli.argv("-o", cli.options + ",noatime", cli.mnt))}
         {me} cat {cli.mnt}/file
         {me} sh -c 'echo mine > {cli.mnt}/new'
         if cat {cli.mnt}/file 2>&1; then exit 1; fi
         findmnt --noheadings --output VFS-OPTIONS {cli.mnt}
         {me} fusermount3 -u {cli.mnt}
-    """
-    done = cli.complete(["unshare", "--mount", "sh", "-c", textwrap.dedent(script)])
+    """)
     assert (done.returncode, done.stderr) == (0, "")
     content, denied, options = done.stdout.splitlines()
     assert content == "lower"
     assert "Permission denied" in denied, "root is somebody else, too"
     assert {"nosuid", "nodev", "noatime"} <= set(options.split(","))
     new = cli.layers.upper / "new"
-    assert (new.read_text(), new.stat().st_uid) == ("mine\n", USER)
+    assert (new.read_text(), new.stat().st_uid) == ("mine\n", Ordinary.USER.pw_uid)
     cli.wait_until_ended()
 
 
-def test_a_signal_unmounts_an_ordinary_user_s_mount(cli: Cli) -> None:
-    root = cli.layers.root
-    for directory in (cli.mnt, cli.layers.upper, cli.layers.work):
-        os.chown(directory, USER, GROUP)
-    os.mknod(root / "fuse", 0o666 | stat.S_IFCHR, os.makedev(10, 229))
-    (root / "fuse").chmod(0o666)
-    foreground = shlex.join(cli.argv("-f", "-o", cli.options, cli.mnt))
-    script = f"""
-        mount --bind {root}/fuse /dev/fuse
-        setpriv --reuid {USER} --regid {GROUP} --clear-groups {foreground} &
-        until mountpoint -q {cli.mnt}; do sleep 0.05; done
-        kill -TERM $!
-        wait $!
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_signal_unmounts_an_ordinary_user_s_mount(busy: bool, cli: Cli) -> None:
+    run_as_root = Ordinary(cli)
+    done = run_as_root(f"""
+        {Ordinary.BECOME} {shlex.join(cli.argv("-o", cli.options + ",allow_other", cli.mnt))} 2>&1 || true
+        {Ordinary.BECOME} {shlex.join(cli.argv("-f", "-o", cli.options, cli.mnt))} 2>/dev/null &
+        tries=400
+        until mountpoint -q {cli.mnt}; do sleep 0.05; tries=$((tries - 1)); test $tries -gt 0; done
+        {Ordinary.BECOME} sleep {2 if busy else 0} {"<" + str(cli.mnt) + "/file" if busy else ""} &
+        sleep 0.5
+        kill -TERM %1
+        wait %1
         echo "ended with $?"
         mountpoint {cli.mnt}
-    """
-    done = cli.complete(["unshare", "--mount", "sh", "-c", textwrap.dedent(script)])
-    assert done.stdout.splitlines() == ["ended with 0", f"{cli.mnt} is not a mountpoint"]
+    """)
+    assert "user_allow_other" in done.stdout.splitlines()[0]
+    assert done.stdout.splitlines()[1:] == ["ended with 0", f"{cli.mnt} is not a mountpoint"]
 
 
 # Going away.
@@ -351,13 +364,14 @@ def test_who_is_inside_is_served_until_they_leave(cli: Cli) -> None:
 
 def test_a_second_signal_ends_it_at_once(cli: Cli) -> None:
     pid = cli.mount()
-    with (cli.mnt / "new").open("w") as file:
-        os.kill(pid, signal.SIGTERM)
-        wait_for(lambda: not cli.mounted, "detached")
-        os.kill(pid, signal.SIGTERM)
-        cli.wait_until_ended()
-        with pytest.raises(OSError, match="not connected"):
-            os.fchmod(file.fileno(), 0o600)
+    fd = os.open(cli.mnt, os.O_RDONLY)
+    os.kill(pid, signal.SIGTERM)
+    wait_for(lambda: not cli.mounted, "detached")
+    os.kill(pid, signal.SIGTERM)
+    cli.wait_until_ended()
+    with pytest.raises(OSError, match="not connected"):
+        os.fchmod(fd, 0o700)
+    os.close(fd)
 
 
 def test_a_signal_finds_a_mount_whose_parent_was_renamed(cli: Cli) -> None:

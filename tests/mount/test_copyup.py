@@ -217,16 +217,6 @@ def test_reading_never_copies_up(layers: Layers, mounted: MountFactory) -> None:
 
 
 @pytest.mark.deviates
-def test_an_open_for_writing_that_writes_nothing_copies_nothing_up(layers: Layers, mounted: MountFactory) -> None:
-    """Overlayfs copies up in open(2); here the first change does."""
-    (layers.lower / "x").write_bytes(b"data")
-    mount = mounted()
-    os.close(os.open(mount / "x", os.O_RDWR))
-    os.close(os.open(mount / "x", os.O_WRONLY | os.O_APPEND))
-    assert os.listdir(layers.upper) == []
-
-
-@pytest.mark.deviates
 def test_sparse_files_stay_sparse(layers: Layers, mounted: MountFactory) -> None:
     """Data at three places of a gigabyte: as many blocks after copy-up. Overlayfs fills holes next to data."""
     lower = layers.lower / "x"

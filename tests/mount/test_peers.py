@@ -31,7 +31,6 @@ def three_layers(layers: Layers) -> None:
             os.setxattr(lower / name / "text", "user.layer", b"%d" % number)
             os.setxattr(lower / name / "deep", DEFAULT, _ACL)
             os.setxattr(lower / name / "text", CAPABILITY, capability(number))
-    (layers.lower / "shared/file0").unlink()
     os.mknod(layers.lower / "shared/file0", stat.S_IFCHR, 0)
     os.setxattr(layers.lower / "shared/deep", "trusted.overlay.opaque", b"y")
 

@@ -68,6 +68,7 @@ def test_creating_and_replacing_are_told_apart(where: str, layers: Layers, mount
     assert os.getxattr(path, "user.a") == b"3"
 
 
+@pytest.mark.deviates
 def test_what_fails_copies_nothing_up(layers: Layers, mounted: MountFactory) -> None:
     (layers.lower / "x").touch()
     os.setxattr(layers.lower / "x", "user.a", b"1")

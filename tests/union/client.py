@@ -194,7 +194,8 @@ class Client:
 
     def mkdir(self, path: Path, mode: int) -> None:
         parent, name = self._absent(path)
-        self._enter(parent, name, self.union.mkdir(parent.nodeid, name, mode, self.caller))
+        # vfs_mkdir lets nothing but permissions and the sticky bit through.
+        self._enter(parent, name, self.union.mkdir(parent.nodeid, name, mode & 0o1777, self.caller))
 
     def mknod(self, path: Path, mode: int, rdev: int) -> None:
         parent, name = self._absent(path)

@@ -101,7 +101,7 @@ def overlay(mountpoint: bytes, options: str) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", os.fsdecode(mountpoint)], check=True)
+        subprocess.run(["umount", "--lazy", os.fsdecode(mountpoint)], check=True)
 
 
 def has_kernel_overlayfs() -> bool:

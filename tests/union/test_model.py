@@ -266,7 +266,10 @@ class UnionMachine(RuleBasedStateMachine):
     @rule(pick=picks, size=sizes)
     def truncate(self, pick: int, size: int) -> None:
         path = self.existing(pick)
-        self.both(lambda fs: fs.truncate(path, size))
+        st_ = os.lstat(b"/".join((self.plain_root, *path)))
+        # A truncate(2) to the very size leaves the times alone, an ftruncate(2) does not, and FUSE cannot tell them apart.
+        if not (stat.S_ISREG(st_.st_mode) and st_.st_size == size):
+            self.both(lambda fs: fs.truncate(path, size))
 
     @rule(pick=picks, data=contents, offset=offsets)
     def write(self, pick: int, data: bytes, offset: int) -> None:
@@ -420,7 +423,7 @@ def build_tree(root: bytes, tree: Tree) -> None:
 KERNEL = has_kernel_overlayfs()
 
 PROGRAMS = settings(
-    max_examples=int(os.environ.get("EX","100")),
+    max_examples=int(os.environ.get("EX", "100")),
     stateful_step_count=30,
     deadline=None,
     report_multiple_bugs=False,

@@ -178,7 +178,6 @@ def test_the_table_is_read() -> None:
         ("options", '"""About trusted.overlay.opaque."""\nimport os'),
         ("options", "from . import errors"),
         ("syscalls", "import ctypes"),
-        
         ("fuse.channel", "from unionfsd.fuse.wire import Header\nfrom . import wire\nfrom .. import union"),
         ("fuse.libfuse", "import pyfuse3"),
         ("cli", "def main():\n    from unionfsd.fuse import channel"),

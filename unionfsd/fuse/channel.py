@@ -251,4 +251,4 @@ def _wanted(config: MountConfig) -> negotiate.Wanted:
     return negotiate.Wanted(writeback=_WRITEBACK, sole_writer="timeout" not in config.explicit, handles=False)
 
 
-_WRITEBACK: Final = True
+_WRITEBACK: Final = False

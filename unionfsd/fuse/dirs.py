@@ -83,7 +83,11 @@ class Dirs:
             room = (head + length + 7) & ~7
             if at + room > size:
                 break
-            view[at : at + entry_size] = self._entry(nodeid, name)
+            if name not in _DOTS:
+                entry, ino = self._entry(nodeid, name, ino)
+            else:
+                entry = _NO_ENTRY
+            view[at : at + entry_size] = entry
             pack(view, at + entry_size, ino, after, length, kind)
             view[at + head : at + head + length] = name
             at += room
@@ -94,12 +98,10 @@ class Dirs:
             self._union.releasedir(nodeid)
         return part
 
-    def _entry(self, parent: int, name: bytes) -> bytes:
-        """ENTRY_OUT of one name. A name that cannot be looked up is listed all the same, without its inode."""
-        if name in _DOTS:
-            return _NO_ENTRY
+    def _entry(self, parent: int, name: bytes, ino: int) -> tuple[bytes, int]:
+        """ENTRY_OUT and inode number of one name; one that cannot be looked up is listed all the same, with `ino`."""
         try:
             found = self._union.lookup(parent, name)
         except OSError:
-            return _NO_ENTRY
-        return self._exchange.entry(found)
+            return _NO_ENTRY, ino
+        return self._exchange.entry(found), found.attr.ino

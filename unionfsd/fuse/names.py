@@ -22,6 +22,15 @@ if TYPE_CHECKING:
 _BODY: Final = wire.BODY
 _NS: Final = 1_000_000_000
 _PERMISSIONS: Final = 0o7777
+_CHANGES: Final = (
+    abi.FATTR_MODE
+    | abi.FATTR_UID
+    | abi.FATTR_GID
+    | abi.FATTR_SIZE
+    | abi.FATTR_ATIME
+    | abi.FATTR_MTIME
+    | abi.FATTR_CTIME
+)
 
 
 class Names:
@@ -138,11 +147,19 @@ class Names:
         return exchange.start(self._union.setattr(nodeid, wanted, exchange.caller()), exchange.attributes)
 
     def _mode(self, nodeid: int, valid: int, mode: int) -> int | None:
-        """The permissions to set, if any: those asked for, or what a truncation leaves of them."""
+        """The permissions to set, if any: those asked for, or what a truncation leaves of them.
+
+        A request that changes nothing is chown(-1, -1), which drops suid and sgid, or comes before a write to a file with
+        privileges, which keeps them if the writer has CAP_FSETID. The kernel has not checked that the caller owns the
+        file. So an owner without privileges drops them, and chown(-1, -1) by others does nothing.
+        """
         if valid & abi.FATTR_MODE:
             return mode & _PERMISSIONS
         if valid & abi.FATTR_KILL_SUIDGID:
             return killed(self._union.getattr(nodeid).st.st_mode)
+        if not valid & _CHANGES:
+            st = self._union.getattr(nodeid).st
+            return killed(st.st_mode) if 0 != self._exchange.header[4] == st.st_uid else None
         return None
 
     # --- extended attributes -----------------------------------------------------------------------------------------
