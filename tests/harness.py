@@ -136,12 +136,31 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float = 30) -> N
         time.sleep(0.01)
 
 
-class Mount:
-    """A union mounted on `layers.mnt`, for as long as `with` lasts; `mount / name` is a path in it."""
+class Watchdog:
+    """A process that runs a shell command unless it is called off within `seconds`; also when the tests are killed."""
 
-    def __init__(self, layers: Layers) -> None:
+    def __init__(self, seconds: float, command: str) -> None:
+        script = f'[ "$(timeout {seconds} head -c 1)" = x ] && exit 0; {command}; exit 1'
+        self._shell = subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE)
+
+    def call_off(self) -> bool:
+        """Whether it had not run yet."""
+        with contextlib.suppress(BrokenPipeError):
+            self._shell.communicate(b"x")
+        return self._shell.wait() == 0
+
+
+class Mount:
+    """A union mounted on `layers.mnt`, for as long as `with` lasts; `mount / name` is a path in it.
+
+    After `patience` seconds it is taken to hang and forced off, so that whoever waits for it fails.
+    """
+
+    def __init__(self, layers: Layers, patience: float = 60) -> None:
         self.layers = layers
         self.path = layers.mnt
+        self._patience = patience
+        self._watchdog: Watchdog | None = None
 
     def __truediv__(self, name: str | bytes) -> Path:
         return self.path / os.fsdecode(name)
@@ -152,6 +171,16 @@ class Mount:
     def unmount(self) -> None:
         """Unmount the ordinary way; whatever was still held open fails it."""
         run("umount", self.path)
+        self._call_off()
+
+    def _watch(self, *pids: int) -> None:
+        """Have the mount forced off, and `pids` killed, when it is still there after `patience`."""
+        kill = "".join(f"kill -KILL {pid}; " for pid in pids)
+        self._watchdog = Watchdog(self._patience, f"{kill}umount --force --lazy '{self.path}'")
+
+    def _call_off(self) -> None:
+        watchdog, self._watchdog = self._watchdog, None
+        assert watchdog is None or watchdog.call_off(), "the mount hung and was forced off"
 
     def remount(self) -> None:
         """Unmount and mount again: nothing stays cached."""
@@ -168,15 +197,20 @@ class Mount:
 
     def __exit__(self, exc_type: type[BaseException] | None, *rest: object) -> None:
         try:
-            if self.mounted:
-                self.unmount()
+            self.end()
         finally:
             self.detach()
+
+    def end(self) -> None:
+        """What is right to do with it once the test is over."""
+        if self.mounted:
+            self.unmount()
 
     def detach(self) -> None:
         """Take the mount away whatever state it is in: requests in flight fail, open files become useless."""
         while self.mounted:
             run("umount", "--force", "--lazy", self.path)
+        self._call_off()
 
 
 class OverlayFS(Mount):
@@ -193,11 +227,12 @@ class OverlayFS(Mount):
 class FuseOverlayFS(Mount):
     """fuse-overlayfs over the same layers."""
 
-    def __init__(self, layers: Layers, *options: str, upper: bool = True) -> None:
-        super().__init__(layers)
+    def __init__(self, layers: Layers, *options: str, upper: bool = True, patience: float = 60) -> None:
+        super().__init__(layers, patience)
         self._options = ",".join([layers.options(upper=upper), *options])
 
     def mount(self) -> None:
+        self._watch()
         run("fuse-overlayfs", "-o", self._options, self.path)
 
 
@@ -233,20 +268,6 @@ class LogPolicy:
         return bool(matches)
 
 
-class Watchdog:
-    """A process that runs a shell command unless it is called off within `seconds`."""
-
-    def __init__(self, seconds: float, command: str) -> None:
-        script = f"timeout {seconds} cat >/dev/null && exit 0; {command}; exit 1"
-        self._shell = subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE)
-
-    def call_off(self) -> bool:
-        """Whether it had not run yet. With the pipe closed, `cat` ends and the shell with it."""
-        assert self._shell.stdin is not None
-        self._shell.stdin.close()
-        return self._shell.wait() == 0
-
-
 class Daemon(Mount):
     """unionfsd over the layers, in front (`-f`), its log in a file."""
 
@@ -259,13 +280,11 @@ class Daemon(Mount):
         log_policy: LogPolicy | None = None,
         patience: float = 60,
     ) -> None:
-        super().__init__(layers)
+        super().__init__(layers, patience)
         self._options = [layers.options(upper=upper), *options]
         self._policy = log_policy or LogPolicy()
         self._lowers: dict[Path, dict[bytes, tuple[object, ...]]] = {}
-        self._patience = patience
         self._process: subprocess.Popen[bytes] | None = None
-        self._watchdog: Watchdog | None = None
         self.log = layers.root / "unionfsd.log"
         self.killed = False
 
@@ -282,11 +301,9 @@ class Daemon(Mount):
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", env=_daemon_environment()
             )
-        self._watchdog = Watchdog(self._patience, f"kill -KILL {self.pid}; umount --force --lazy '{self.path}'")
+        self._watch(self.pid)
         wait_for(lambda: self.mounted or self._exited, "not mounted")
-        assert not self._exited, (
-            f"the daemon did not mount, exit {self._process and self._process.poll()}: {self.log.read_text()}"
-        )
+        assert not self._exited, f"exit {self._process.poll()} without a mount: {self.log.read_text()}"
         os.stat(self.path)
 
     @property
@@ -295,17 +312,23 @@ class Daemon(Mount):
 
     def unmount(self) -> None:
         super().unmount()
+        self._ended()
+
+    def end(self) -> None:
+        super().end()
+        if not self.killed:
+            self._ended()
+
+    def _ended(self) -> None:
+        """Wait for the daemon, which puts the whole upper on disk first, and with it what others write there."""
         assert self._process is not None
-        # It puts the whole upper on disk first, which may take as long as what else is written there.
         assert self._process.wait(60) == 0, f"exit {self._process.returncode}: {self.log.read_text()}"
-        self._call_off()
 
     def kill(self) -> None:
         """End the daemon the hard way; the mount stays, dead."""
         assert self._process is not None
         self._process.kill()
         self._process.wait()
-        self._call_off()
         self.killed = True
 
     def fds(self) -> int:
@@ -317,17 +340,11 @@ class Daemon(Mount):
         return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
     def detach(self) -> None:
-        super().detach()
         if not self._exited:
             assert self._process is not None
             self._process.kill()
             self._process.wait()
-        self._call_off()
-
-    def _call_off(self) -> None:
-        watchdog, self._watchdog = self._watchdog, None
-        if watchdog is not None:
-            assert watchdog.call_off(), f"the mount hung: {self.log.read_text()}"
+        super().detach()
 
     def __exit__(self, exc_type: type[BaseException] | None, *rest: object) -> None:
         super().__exit__(exc_type, *rest)

@@ -24,7 +24,7 @@ from typing import Final
 from . import format as fmt
 from . import syscalls
 from .fdcache import FdCache
-from .inodes import UPPER, DirNode, Node
+from .inodes import UPPER, DirNode, Entry, Node
 from .layers import LowerDir, xattr_names
 from .lookup import Resolver
 from .metrics import Counters
@@ -85,7 +85,6 @@ class CopyUp:
         except BaseException:
             staged.abandon()
             raise
-        node.own_entry(node.entry.copied_up(directory=True))
         self._fds.admit(node.handle, staged.fd)
 
     def _leaf(self, node: Node, size: int | None) -> Op[None]:
@@ -143,12 +142,12 @@ class CopyUp:
         """Publish under the name that `node` has now; one that has none lives on in its descriptor."""
         if node.unlinked:
             node.state().orphan = syscalls.reopen(staged.fd.fd, os.O_PATH)
+            node.entry = UPPER
             staged.abandon()
         else:
             assert node.parent is not None
             self.directory(node.parent)
             self._publish(staged, node)
-        node.entry = UPPER
 
     def _publish(self, staged: Staged, node: Node) -> None:
         assert node.parent is not None
@@ -156,7 +155,18 @@ class CopyUp:
         before = os.fstat(dirfd)
         self.mark_impure(node.parent, dirfd)
         staged.publish(dirfd, node.name)
-        syscalls.utimens(dirfd, before.st_atime_ns, before.st_mtime_ns)
+        if isinstance(node, DirNode):
+            node.own_entry(Entry(True, node.entry.lowers))
+        else:
+            node.entry = UPPER
+        self._restore_times(dirfd, before)
+
+    def _restore_times(self, dirfd: int, before: os.stat_result) -> None:
+        """Put the times of the parent back. Best effort: the copy is published, and failing now would deny it."""
+        try:
+            syscalls.utimens(dirfd, before.st_atime_ns, before.st_mtime_ns)
+        except OSError as exc:
+            self._skip("times of the parent", exc)
 
     def mark_impure(self, parent: DirNode, dirfd: int) -> None:
         """Say that an upper directory holds copied-up objects (ovl_set_impure). Best effort: it only saves work."""
@@ -179,7 +189,7 @@ class CopyUp:
 
     def _skip(self, what: str, exc: Exception) -> None:
         self._counters.skipped_marks += 1
-        log.debug("copy-up: no %s recorded: %s", what, exc)
+        log.debug("copy-up: no %s: %s", what, exc)
 
 
 class Metadata:

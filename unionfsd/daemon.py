@@ -11,6 +11,7 @@ mounting and the signal receiver the signals that stop us are blocked, so that n
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import resource
@@ -68,7 +69,8 @@ def _in_background(config: MountConfig) -> int:
         try:
             said = verdict.read()
         except KeyboardInterrupt:
-            os.kill(pid, signal.SIGTERM)  # it unmounts
+            os.kill(pid, signal.SIGTERM)  # it unmounts if it has mounted
+            os.waitpid(pid, 0)
             raise
     if not said:
         raise _died(pid, config)
@@ -145,6 +147,7 @@ def _attend(config: MountConfig, *, up: Callable[[], None]) -> None:
     for warning in config.warnings:
         log.warning("%s", warning)
     _settle()
+    gc.disable()  # until served: all that is imported stays, and looking through it took a tenth of the start
     from unionfsd.union import Union  # late: `--version` and wrong options need none of it
 
     with contextlib.ExitStack() as stack:
@@ -174,8 +177,10 @@ def _serve(union: Union, mount: Mount, config: MountConfig, up: Callable[[], Non
     import trio  # late: the mount is there already, see the head of this file
 
     def started() -> None:
-        log.info("mounted on %s", os.fsdecode(config.mountpoint))
+        gc.freeze()
+        gc.enable()
         up()
+        log.info("mounted on %s", os.fsdecode(config.mountpoint))
         systemd.notify("READY=1", f"MAINPID={os.getpid()}")
 
     trio.run(_serve_until_gone, union, mount, config, _transport(config), started)
@@ -206,7 +211,11 @@ async def _serve_until_gone(
         except Exception as error:  # kept, because a nursery would wrap it
             failure = error
         nursery.cancel_scope.cancel()
-    await drive(union.shutdown())
+    try:
+        await drive(union.shutdown())
+    except OSError as error:
+        what = f"the upper could not be synced: {errors.reason(error)}"
+        failure = failure or UserError(what, hint="what was written last may be lost", code=errors.LAYER)
     if failure is not None:
         raise failure
 
@@ -215,7 +224,10 @@ async def _stop_on_signals(mount: Mount, nursery: trio.Nursery, task_status: tri
     """Unmount at the first signal, which ends the transport once nobody is left inside; give up at the second."""
     import trio
 
-    with trio.open_signal_receiver(*_STOP_SIGNALS) as signals:
+    heeded = set(_STOP_SIGNALS)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
+        heeded.remove(signal.SIGHUP)
+    with trio.open_signal_receiver(*heeded) as signals:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
         task_status.started()
         stopping = False

@@ -3,8 +3,9 @@
 Rules this file obeys:
 
 - A `Holder` owns at most one descriptor in the cache; the cache may close it at any time unless it is pinned.
-- Who needs the number asks the holder each time; who works in a thread takes the `Fd` itself. Whose object has no name
-  any more, and so could not be opened again, is pinned.
+- Who needs the number asks the holder each time; who works in a thread, or for long, takes the `Fd` itself.
+- A holder whose object has no name any more, and so could not be opened again, is pinned: the cache lets go of it, and
+  its descriptor lives as long as its node.
 - Eviction is second chance: a holder used since the hand last passed stays for one more round.
 """
 
@@ -19,12 +20,14 @@ from .syscalls import Fd
 class Holder:
     """Something that has a descriptor when it needs one. `fd` is None when it is closed."""
 
-    __slots__ = ("fd", "hot", "pins")
+    __slots__ = ("fd", "hot", "pinned", "queued")
 
     def __init__(self) -> None:
         self.fd: Fd | None = None
         self.hot = False
-        self.pins = 0
+        self.pinned = False
+        #: The cache has it in its queue, perhaps without a descriptor.
+        self.queued = False
 
     def drop(self) -> None:
         """Let go of the descriptor. It closes with its last reference: a thread that was given the `Fd` keeps it."""
@@ -32,7 +35,7 @@ class Holder:
 
 
 class FdCache:
-    """Keeps at most about `capacity` descriptors of unpinned holders open."""
+    """Keeps at most `capacity` descriptors of unpinned holders open."""
 
     #: Below this many a single operation could not hold all it needs at once.
     MINIMUM: Final = 64
@@ -43,33 +46,34 @@ class FdCache:
 
     def admit(self, holder: Holder, fd: Fd) -> int:
         """Give `holder` the descriptor `fd`, closing others if that is one too many; returns its number."""
-        if holder.fd is not None:
-            holder.drop()
-        else:
-            self._hand.append(holder)
+        holder.drop()
         holder.fd = fd
         holder.hot = True
-        if len(self._hand) > self.capacity:
-            self._evict()
+        if not holder.queued:
+            holder.queued = True
+            self._hand.append(holder)
+        while len(self._hand) > self.capacity:
+            self._evict_one(holder)
         return fd.fd
 
-    def _evict(self) -> None:
-        for _ in range(2 * len(self._hand)):
-            if len(self._hand) <= self.capacity:
-                return
+    def _evict_one(self, newest: Holder) -> None:
+        while True:
             holder = self._hand.popleft()
-            if holder.fd is None:
-                continue
-            if holder.hot or holder.pins:
+            if holder is newest or (holder.hot and holder.fd is not None and not holder.pinned):
                 holder.hot = False
                 self._hand.append(holder)
-            else:
+                continue
+            holder.queued = False
+            if not holder.pinned:
                 holder.drop()
+            return
 
     def close(self) -> None:
         """Close every descriptor, pinned or not."""
         while self._hand:
-            self._hand.popleft().drop()
+            holder = self._hand.popleft()
+            holder.queued = False
+            holder.drop()
 
     def __len__(self) -> int:
         return sum(1 for holder in self._hand if holder.fd is not None)

@@ -137,6 +137,7 @@ _ORIGIN_HEAD: Final = struct.Struct("BBBBB16s")
 _ORIGIN_MAGIC: Final = 0xFB
 _ORIGIN_BIG_ENDIAN: Final = 1
 _ORIGIN_ANY_ENDIAN: Final = 2
+_ORIGIN_FLAGS: Final = 7
 _CPU_ENDIAN: Final = _ORIGIN_BIG_ENDIAN if sys.byteorder == "big" else 0
 
 
@@ -153,7 +154,7 @@ def decode_origin(value: bytes) -> Origin | None:
     if len(value) < _ORIGIN_HEAD.size:
         return None
     version, magic, size, flags, kind, uuid = _ORIGIN_HEAD.unpack_from(value)
-    if version != 0 or magic != _ORIGIN_MAGIC or size != len(value):
+    if version != 0 or magic != _ORIGIN_MAGIC or size != len(value) or flags & ~_ORIGIN_FLAGS:
         return None
     if not flags & _ORIGIN_ANY_ENDIAN and flags & _ORIGIN_BIG_ENDIAN != _CPU_ENDIAN:
         return None

@@ -163,7 +163,7 @@ class Handles:
     def backing(self, node: Node) -> Fd | None:
         """The descriptor of the file that the kernel may read and write in place of us while `node` is open.
 
-        An upper file's is O_RDWR, whatever it is opened for: all opens of a node must have the same. A lower file's is given
+        An upper file is O_RDWR, whatever it is opened for: all opens of a node must have the same. A lower one is given
         away only where nothing can be written: elsewhere a copy-up could not take it back (docs/performance.md).
         """
         if not node.entry.upper:

@@ -39,10 +39,6 @@ class Entry:
         self.upper = upper
         self.lowers = lowers
 
-    def copied_up(self, *, directory: bool) -> Entry:
-        """The entry of the same object once it is in the upper."""
-        return Entry(True, self.lowers) if directory else UPPER
-
     def __repr__(self) -> str:
         return f"Entry(upper={self.upper}, lowers={self.lowers})"
 
@@ -326,7 +322,7 @@ def _disown(parent: DirNode, name: bytes) -> None:
 def _in_use(node: Node) -> bool:
     if isinstance(node, DirNode):
         return node.children is not None
-    return node.open is not None and (node.open.opens > 0 or node.open.gate is not None or node.open.pins > 0)
+    return node.open is not None and (node.open.opens > 0 or node.open.gate is not None)
 
 
 def _release(node: Node) -> None:

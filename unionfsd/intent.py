@@ -25,9 +25,13 @@ _MAGIC: Final = b"unionfsd rename 1"
 def record(work: Workdir, path: tuple[bytes, ...], ino: int) -> None:
     """Put on disk that the upper's object `path` is to become a whiteout once its st_ino is `ino`."""
     with syscalls.create_at(work.fd, INTENT, 0o600) as fd:
-        syscalls.pwrite(fd.fd, b"\0".join((_MAGIC, b"%d" % ino, *path, b"")), 0)
-        syscalls.fsync(fd.fd)
-    _sync_work(work)
+        try:
+            syscalls.pwrite(fd.fd, b"\0".join((_MAGIC, b"%d" % ino, *path, b"")), 0)
+            syscalls.fsync(fd.fd)
+            _sync_work(work)
+        except BaseException:
+            work.discard(INTENT)
+            raise
 
 
 def retire(work: Workdir) -> None:

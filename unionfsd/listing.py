@@ -74,24 +74,20 @@ def _merge_lower(
     names, hidden = merged.names, []
     xwhiteouts = lower.marks(fds).xwhiteouts
     fd = lower.open(fds)
-    lower.pins += 1
-    try:
-        for entry in lower.layer.scan(fd):
-            name = entry.name
-            if fmt.is_reserved(name):
-                if target := fmt.wh_target(name):
-                    hidden.append(target)
-            elif name not in closed:
-                kind = entry_type(fd, entry, xwhiteouts=xwhiteouts)
-                known = names.get(name)
-                if kind is None or (known is not None and kind != DT_DIR):
-                    closed.add(name)
-                elif known is None:
-                    names[name] = LowerName(kind, stack.entry_ino(lower.layer, entry.inode()), index)
-                elif known.type == DT_DIR:
-                    merged.stacks[name] = (*merged.indices(name), index)
-    finally:
-        lower.pins -= 1
+    for entry in lower.layer.scan(fd):
+        name = entry.name
+        if fmt.is_reserved(name):
+            if target := fmt.wh_target(name):
+                hidden.append(target)
+        elif name not in closed:
+            kind = entry_type(fd, entry, xwhiteouts=xwhiteouts)
+            known = names.get(name)
+            if kind is None or (known is not None and kind != DT_DIR):
+                closed.add(name)
+            elif known is None:
+                names[name] = LowerName(kind, stack.entry_ino(lower.layer, entry.inode()), index)
+            elif known.type == DT_DIR:
+                merged.stacks[name] = (*merged.indices(name), index)
     return hidden
 
 
@@ -182,9 +178,7 @@ def merge(upper: UpperNames | None, lowers: LowerNames | None) -> Iterator[tuple
     if upper is not None:
         for name, found in upper.names.items():
             if found is not None:
-                below = lowers.names.get(name) if lowers is not None and found[1] == DT_DIR else None
-                merged = below is not None and below.type == DT_DIR
-                yield name, below.ino if merged and below is not None else found[0], found[1]
+                yield name, found[0], found[1]
     if lowers is not None:
         for name, low in lowers.names.items():
             if upper is None or (name not in upper.names and name not in upper.hidden):

@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from . import format as fmt
@@ -123,7 +124,7 @@ class Resolver:
 
     def find(self, parent: DirNode, name: bytes) -> Hit | None:
         """What `name` in `parent` is, None when the union has no such name; ENAMETOOLONG."""
-        if len(name) > self.name_max:
+        if len(syscalls.component(name)) > self.name_max:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), os.fsdecode(name))
         if fmt.is_reserved(name):
             return None
@@ -249,10 +250,11 @@ class Resolver:
         with syscalls.open_object(dirfd, name) as fd:
             values = (optional_xattr(fd.fd, attr) for attr in fmt.ORIGIN_NAMES)
             origin = next((fmt.decode_origin(value) for value in values if value), None)
-        if origin is None:
+        lower = below.entry.lowers[0]
+        if origin is None or origin.uuid != lower.layer.uuid:
             return False
         try:
-            return syscalls.file_handle(below.entry.lowers[0].open(self.fds), name) == (origin.kind, origin.handle)
+            return syscalls.file_handle(lower.open(self.fds), name) == (origin.kind, origin.handle)
         except OSError:
             return False
 
@@ -296,8 +298,20 @@ class Resolver:
     def listing(self, node: DirNode) -> Listing:
         """A fresh snapshot of the directory `node`; one that was removed is empty."""
         parent = node if node.parent is None else node.parent
-        rows = () if node.unlinked else merge(self._read_upper(node), self.lower_names(node, read=True))
-        return Listing(node.ino, parent.ino, rows)
+        return Listing(node.ino, parent.ino, () if node.unlinked else self._rows(node))
+
+    def _rows(self, node: DirNode) -> Iterator[tuple[bytes, int, int]]:
+        """Rows of a listing, with the inode numbers that stat shows."""
+        lowers = self.lower_names(node, read=True)
+        known = node.children or {}
+        for name, ino, kind in merge(self._read_upper(node), lowers):
+            if name in known:
+                yield name, known[name].ino, kind
+            elif node.entry.upper and lowers is not None and name in lowers.names:
+                hit = self.find(node, name)
+                yield name, ino if hit is None else hit.ino, kind
+            else:
+                yield name, ino, kind
 
     def is_empty(self, node: DirNode) -> bool:
         """Whether the union shows nothing in `node`."""

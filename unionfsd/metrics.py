@@ -26,7 +26,7 @@ class Statistics:
     copied_bytes: int
     """Bytes of file data copied up."""
     skipped_marks: int
-    """Best-effort marks (origin, impure) that the upper did not take: inode numbers may change at the next mount."""
+    """Best-effort steps of copy-ups that failed: an origin or impure mark, or putting the parent's times back."""
 
 
 @dataclass(slots=True)

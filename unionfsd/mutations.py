@@ -128,7 +128,7 @@ class Mutations:
     def _new(self, parent: DirNode, name: bytes) -> Place:
         """The place of a name that the union does not have; EEXIST, EINVAL for a reserved name."""
         self._alive(parent)
-        if fmt.is_reserved(name):
+        if fmt.is_reserved(syscalls.component(name)):
             raise fail(errno.EINVAL, name)
         if len(name) > self._resolver.name_max:
             raise fail(errno.ENAMETOOLONG, name)
@@ -245,7 +245,7 @@ class Mutations:
         if isinstance(node, DirNode):
             if node.entry.upper:
                 self._resolver.upper_dir(node)
-                node.handle.pins += 1
+                node.handle.pinned = True
         elif node.entry.upper and node.state().orphan is None:
             node.state().orphan = self._resolver.open_object(node)
 
@@ -298,7 +298,12 @@ class Mutations:
         place = self._new(parent, name)
         with self._resolver.open_object(node) as fd:
             st = os.fstat(fd.fd)
-            self._publish_new(Staged(self._work, fd, None), place)
+            staged = Staged(self._work, fd, None)
+            try:
+                self._publish_new(staged, place)
+            except BaseException:
+                staged.abandon()
+                raise
         self._table.know_inode((st.st_dev, st.st_ino), node)
         self._table.alias(node, parent, name)
         self._release_orphan(node)
@@ -320,9 +325,9 @@ class Mutations:
             self._check_rename(source, target, new_name, flags)
             exchange = bool(flags & syscalls.RENAME_EXCHANGE)
             if not source.entry.upper:
-                yield from self._copy_up.node(self._known(parent, name, source))
+                yield from self._to_upper(parent, name, source)
             elif exchange and target is not None and not target.entry.upper:
-                yield from self._copy_up.node(self._known(new_parent, new_name, target))
+                yield from self._to_upper(new_parent, new_name, target)
             else:
                 break  # nothing was awaited since both were looked at
         here = Place(parent, self._copy_up.directory(parent), name)
@@ -332,11 +337,12 @@ class Mutations:
         elif not self._same_object(here, there):
             self._rename(here, there, source, target)
 
-    def _known(self, parent: DirNode, name: bytes, hit: Hit) -> Node:
+    def _to_upper(self, parent: DirNode, name: bytes, hit: Hit) -> Op[None]:
         node = child(parent, name)
         if node is None:
-            node = self._table.add(parent, name, hit.entry, hit.ino, directory=stat.S_ISDIR(hit.st.st_mode))
-        return node
+            node = self._table.add(parent, name, hit.entry, hit.ino, directory=False)
+        yield from self._copy_up.node(node)
+        self._table.settle(node)
 
     def _check_rename(self, source: Hit, target: Hit | None, new_name: bytes, flags: int) -> None:
         if fmt.is_reserved(new_name):
@@ -368,7 +374,7 @@ class Mutations:
         assert target is not None
         self._opaque_before(here, there, source)
         self._opaque_before(there, here, target)
-        syscalls.renameat2(here.dirfd, here.name, there.dirfd, there.name, syscalls.RENAME_EXCHANGE)
+        self._swap(here, there)
         self._table.exchange(here.parent, here.name, there.parent, there.name)
 
     def _opaque_before(self, here: Place, there: Place, hit: Hit) -> None:
@@ -425,10 +431,14 @@ class Mutations:
     def _move(self, here: Place, there: Place, is_dir: bool) -> None:
         """The publishing call of a rename that leaves no whiteout behind."""
         if is_dir and self._whiteout_at(there):
-            syscalls.renameat2(here.dirfd, here.name, there.dirfd, there.name, syscalls.RENAME_EXCHANGE)
+            self._swap(here, there)
             syscalls.unlink_at(here.dirfd, here.name)
         else:
             syscalls.renameat2(here.dirfd, here.name, there.dirfd, there.name)
+
+    def _swap(self, here: Place, there: Place) -> None:
+        self._work.require_exchange()
+        syscalls.renameat2(here.dirfd, here.name, there.dirfd, there.name, syscalls.RENAME_EXCHANGE)
 
     def _whiteout_at(self, place: Place) -> bool:
         st = stat_or_none(place.dirfd, place.name)
@@ -442,15 +452,16 @@ class Mutations:
             syscalls.renameat2(here.dirfd, here.name, there.dirfd, there.name)
         elif self._whiteout_at(there):
             self._expect_whiteout(here)
-            syscalls.renameat2(here.dirfd, here.name, there.dirfd, there.name, syscalls.RENAME_EXCHANGE)
+            self._swap(here, there)
         elif self._work.abilities.rename_whiteout:
             syscalls.renameat2(here.dirfd, here.name, there.dirfd, there.name, syscalls.RENAME_WHITEOUT)
         elif target is None:
             self._expect_whiteout(here)
             self._expect_whiteout(there)
             # Nobody sees a whiteout where there is nothing; exchanged, it is the one the old name needs.
+            self._work.require_exchange()
             self._work.place_whiteout(there.dirfd, there.name)
-            syscalls.renameat2(here.dirfd, here.name, there.dirfd, there.name, syscalls.RENAME_EXCHANGE)
+            self._swap(here, there)
         else:
             self._replace_and_whiteout(here, there)
 
@@ -458,7 +469,14 @@ class Mutations:
         """Where there is no RENAME_WHITEOUT: two calls, made one by a record that the next mount would act upon."""
         self._expect_whiteout(here)
         old = syscalls.stat_at(there.dirfd, there.name)
+        self._work.require_exchange()
         intent.record(self._work, path_of(here), old.st_ino)
-        syscalls.renameat2(here.dirfd, here.name, there.dirfd, there.name, syscalls.RENAME_EXCHANGE)
-        self._work.replace_by_whiteout(here.dirfd, here.name, directory=stat.S_ISDIR(old.st_mode))
-        intent.retire(self._work)
+        try:
+            self._swap(here, there)
+            try:
+                self._work.replace_by_whiteout(here.dirfd, here.name, directory=stat.S_ISDIR(old.st_mode))
+            except BaseException:
+                self._swap(here, there)
+                raise
+        finally:
+            intent.retire(self._work)

@@ -332,7 +332,7 @@ _STATX_BTIME_AT: Final = 0x50
 
 
 def birth_time(fd: int) -> int | None:
-    """When the object `fd` (O_PATH allowed) was made, in ns since the epoch; None where its file system does not know."""
+    """When the object `fd` (O_PATH allowed) was made, in ns since the epoch; None where that is not known."""
     buf = ctypes.create_string_buffer(_STATX_SIZE)
     if _statx(fd, b"", AT_EMPTY_PATH, _STATX_BTIME, buf):
         raise _error()

@@ -22,6 +22,7 @@ from typing import Final, NamedTuple
 from . import intent, syscalls
 from .attributes import Attr, Attributes, Owner, SetAttr, StatLike
 from .copyup import CopyUp
+from .errors import LAYER, UserError
 from .fdcache import FdCache
 from .handles import Handles
 from .inodes import ROOT_ID, DirNode, Node, NodeTable, child
@@ -82,6 +83,9 @@ class Union:
                 work = open_workdir(stack, config)
                 intent.recover(work, stack.upper.root.fd)
             return cls(stack, work, config)
+        except OSError as exc:
+            stack.close()
+            raise UserError(f"layers: {exc}", hint="a layer cannot be read", code=LAYER) from exc
         except BaseException:
             stack.close()
             raise

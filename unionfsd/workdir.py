@@ -19,7 +19,7 @@ from typing import Final, Literal, NamedTuple
 from . import format as fmt
 from . import syscalls
 from .errors import LAYER, UserError
-from .layers import LayerStack, is_xattr_whiteout
+from .layers import LayerStack, exists, is_xattr_whiteout
 from .options import MountConfig
 from .syscalls import Fd
 
@@ -68,12 +68,13 @@ class Staged:
 
     def publish_over(self, dirfd: int, name: bytes) -> None:
         """Make it `name` in `dirfd` in place of the whiteout or the non-directory that is there."""
-        staged = self._named()
         if stat.S_ISDIR(os.fstat(self.fd.fd).st_mode):
+            self._work.require_exchange()
+            staged = self._named()
             syscalls.renameat2(self._work.fd, staged, dirfd, name, syscalls.RENAME_EXCHANGE)
             self.abandon()
         else:
-            syscalls.renameat2(self._work.fd, staged, dirfd, name)
+            syscalls.renameat2(self._work.fd, self._named(), dirfd, name)
             self.name = None
 
     def _named(self) -> bytes:
@@ -154,8 +155,19 @@ class Workdir:
         return Staged(self, syscalls.open_object(self.fd, name), name)
 
     def rename_out(self, staged: bytes, dirfd: int, name: bytes) -> None:
-        flags = syscalls.RENAME_NOREPLACE if self.abilities.noreplace else 0
-        syscalls.renameat2(self.fd, staged, dirfd, name, flags)
+        """Make the staged object `name` in `dirfd`; EEXIST when anything has that name."""
+        if self.abilities.noreplace:
+            syscalls.renameat2(self.fd, staged, dirfd, name, syscalls.RENAME_NOREPLACE)
+            return
+        # Nobody else changes the upper, so looking first is as good.
+        if exists(dirfd, name):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fsdecode(name))
+        syscalls.renameat2(self.fd, staged, dirfd, name)
+
+    def require_exchange(self) -> None:
+        """EXDEV where the upper has no RENAME_EXCHANGE, before anything is tried that needs it."""
+        if not self.abilities.exchange:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
     # Whiteouts that are entries of their own (forms chardev and xattr).
 
@@ -167,6 +179,8 @@ class Workdir:
 
     def replace_by_whiteout(self, dirfd: int, name: bytes, *, directory: bool) -> None:
         """Put a whiteout in the place of the object `name`, in one call; a `directory` is then emptied out of sight."""
+        if directory:
+            self.require_exchange()
         staged = self.stage_whiteout()
         try:
             syscalls.renameat2(self.fd, staged, dirfd, name, syscalls.RENAME_EXCHANGE if directory else 0)
@@ -198,9 +212,13 @@ class Workdir:
         name = self.fresh_name()
         if self.abilities.whiteout == "chardev":
             syscalls.mknod_at(self.fd, name, stat.S_IFCHR, os.makedev(0, 0))
-        else:
-            with syscalls.create_at(self.fd, name, 0o600) as fd:
+            return name
+        with syscalls.create_at(self.fd, name, 0o600) as fd:
+            try:
                 self.mark(fd.fd, fmt.WHITEOUT, fmt.OPAQUE_YES)
+            except BaseException:
+                self.discard(name)
+                raise
         return name
 
     def _retire_whiteout(self) -> None:
@@ -235,9 +253,7 @@ def remove_tree(dirfd: int, name: bytes) -> None:
         if not stat.S_ISDIR(syscalls.stat_at(dirfd, name).st_mode):
             raise exc
     with syscalls.open_dir(dirfd, name) as fd:
-        with os.scandir(syscalls.proc_path(fd.fd)) as entries:
-            names = [entry.name for entry in entries]
-        for child in names:
+        for child in _own_names(fd.fd):
             remove_tree(fd.fd, child)
     syscalls.rmdir_at(dirfd, name)
 
@@ -248,17 +264,27 @@ def open_workdir(stack: LayerStack, config: MountConfig) -> Workdir:
     assert stack.upper is not None
     assert config.workdir is not None
     path = os.fsdecode(config.workdir)
-    _refuse_foreign(stack.work.fd, path)
-    _refuse_other_mount(stack.work.fd, stack.upper.root.fd, path)
-    directory = _open_or_make(stack.work.fd, fmt.WORK)
-    _sweep(directory.fd, path)
     try:
+        _refuse_foreign(stack.work.fd, path)
+        _refuse_other_mount(stack.work.fd, stack.upper.root.fd, path)
+        directory = _open_or_make(stack.work.fd, fmt.WORK)
+        _own_names(directory.fd)
+        _sweep(directory.fd, path)
         abilities = _probe(directory.fd, config)
     except OSError as exc:
         raise UserError(f"workdir {path}: {exc.strerror}", hint="the upper must be writable", code=LAYER) from exc
     if config.volatile:
         _mark_volatile(directory.fd)
     return Workdir(directory, abilities, volatile=config.volatile)
+
+
+def _own_names(fd: int) -> list[bytes]:
+    """Names in a directory that we may remove; without privileges it may have to be made readable for that."""
+    try:
+        return _names(fd)
+    except PermissionError:
+        syscalls.chmod(fd, 0o700)
+        return _names(fd)
 
 
 def _names(fd: int) -> list[bytes]:
@@ -300,15 +326,16 @@ def _open_or_make(dirfd: int, name: bytes) -> Fd:
 
 def _sweep(fd: int, path: str) -> None:
     """Remove what a crash left staged; an upper that was volatile is refused (ovl.rst, "Volatile")."""
-    for name in _names(fd):
-        if name == INTENT:
-            continue
-        if name == fmt.INCOMPAT:
-            raise UserError(
-                f"workdir {path}: the last mount of this upper was volatile, and a crash may have damaged it",
-                hint=f"check the upper, then remove {path}/work/incompat to accept it",
-                code=LAYER,
-            )
+    names = set(_names(fd)) - {INTENT}
+    if fmt.INCOMPAT in names:
+        with syscalls.open_dir(fd, fmt.INCOMPAT) as incompat:
+            if _names(incompat.fd):
+                raise UserError(
+                    f"workdir {path}: the last mount of this upper was volatile, and a crash may have damaged it",
+                    hint=f"check the upper, then remove {path}/work/incompat to accept it",
+                    code=LAYER,
+                )
+    for name in names:
         remove_tree(fd, name)
 
 

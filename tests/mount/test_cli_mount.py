@@ -59,7 +59,7 @@ class Cli:
             cwd=cwd or "/",
             env=self.environment | (env or {}),
             pass_fds=fds,
-            timeout=60,
+            timeout=40,
             check=False,
         )
 
@@ -299,23 +299,37 @@ def test_an_ordinary_user(cli: Cli) -> None:
     cli.wait_until_ended()
 
 
-@pytest.mark.parametrize("busy", [False, True])
+def test_fusermount_s_refusal_is_passed_on(cli: Cli) -> None:
+    run_as_root = Ordinary(cli)
+    (cli.layers.root / "fuse.conf").touch()
+    done = run_as_root(f"""
+        mount --bind {cli.layers.root}/fuse.conf /etc/fuse.conf
+        {Ordinary.BECOME} {shlex.join(cli.argv("-o", cli.options + ",allow_other", cli.mnt))}
+    """)
+    assert done.returncode == errors.MOUNT
+    assert done.stderr.startswith(f"unionfsd: cannot mount on {cli.mnt}: fusermount3: option allow_other only allowed")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
 def test_a_signal_unmounts_an_ordinary_user_s_mount(busy: bool, cli: Cli) -> None:
     run_as_root = Ordinary(cli)
+    me = Ordinary.BECOME
+    # Not mountpoint(1): it asks the mount, and root may not.
+    mounted = f"grep --quiet ' {cli.mnt} ' /proc/self/mountinfo"
     done = run_as_root(f"""
-        {Ordinary.BECOME} {shlex.join(cli.argv("-o", cli.options + ",allow_other", cli.mnt))} 2>&1 || true
-        {Ordinary.BECOME} {shlex.join(cli.argv("-f", "-o", cli.options, cli.mnt))} 2>/dev/null &
-        tries=400
-        until mountpoint -q {cli.mnt}; do sleep 0.05; tries=$((tries - 1)); test $tries -gt 0; done
-        {Ordinary.BECOME} sleep {2 if busy else 0} {"<" + str(cli.mnt) + "/file" if busy else ""} &
-        sleep 0.5
-        kill -TERM %1
-        wait %1
+        {me} {shlex.join(cli.argv("-f", "-o", cli.options, cli.mnt))} 2>/dev/null &
+        daemon=$!
+        until {mounted}; do kill -0 $daemon; sleep 0.05; done
+        {f"{me} sh -c 'exec sleep 1 <{cli.mnt}/file' &" if busy else ""}
+        {me} cat {cli.mnt}/file
+        sleep 0.3
+        kill -TERM $daemon
+        wait $daemon
         echo "ended with $?"
-        mountpoint {cli.mnt}
+        if {mounted}; then echo still mounted; fi
     """)
-    assert "user_allow_other" in done.stdout.splitlines()[0]
-    assert done.stdout.splitlines()[1:] == ["ended with 0", f"{cli.mnt} is not a mountpoint"]
+    assert done.stdout.splitlines() == ["lower", "ended with 0"]
 
 
 # Going away.
@@ -475,35 +489,78 @@ def test_what_the_kernel_refuses(cli: Cli) -> None:
         assert said.startswith(f"unionfsd: cannot mount on {cli.mnt}: ")
 
 
-def broken(cli: Cli, failure: str) -> Done:
-    """Mount with an interpreter that comes to grief after mounting, when the event loop is imported."""
-    script = f"""
-        import os, sys
-        class Grief:
+def scripted(cli: Cli, preparation: str, *arguments: str) -> list[str]:
+    """A command that mounts by an interpreter which first runs `preparation`."""
+    script = f"{textwrap.dedent(preparation)}\nimport sys\nfrom unionfsd.cli import main\nsys.exit(main(sys.argv[1:]))"
+    return cli.argv("-o", cli.options, cli.mnt, *arguments, program=("-c", script))
+
+
+def before_serving(cli: Cli, action: str, *arguments: str) -> list[str]:
+    """A command that mounts and then, when it comes to import the event loop, does `action`."""
+    preparation = f"""
+        import os, sys, time
+        class Moment:
             def find_spec(self, name, path=None, target=None):
                 if name == "trio":
-                    {failure}
-        sys.meta_path.insert(0, Grief())
-        from unionfsd.cli import main
-        sys.exit(main(sys.argv[1:]))
+                    {action}
+        sys.meta_path.insert(0, Moment())
     """
-    argv = cli.argv("-o", cli.options, cli.mnt, program=("-c", textwrap.dedent(script)))
-    return cli.complete(argv)
+    return scripted(cli, preparation, *arguments)
 
 
 def test_a_daemon_that_dies_on_the_way_up_leaves_no_mount(cli: Cli) -> None:
-    done = broken(cli, "os.kill(os.getpid(), 9)")
+    done = cli.complete(before_serving(cli, "os.kill(os.getpid(), 9)"))
     assert done.returncode == errors.INTERNAL
     assert done.stderr == "unionfsd: the daemon was killed by SIGKILL before the mount was up\n"
     assert not cli.mounted
 
 
 def test_a_defect_on_the_way_up_leaves_no_mount(cli: Cli) -> None:
-    done = broken(cli, "raise RuntimeError('grief')")
+    done = cli.complete(before_serving(cli, "raise RuntimeError('grief')"))
     assert done.returncode == errors.INTERNAL
     assert done.stderr.splitlines()[-1] == "unionfsd: internal error: RuntimeError: grief"
     assert not cli.mounted
     assert not cli.pids()
+
+
+@pytest.mark.parametrize("where", ["foreground", "background"])
+def test_an_interruption_on_the_way_up_leaves_no_mount(where: str, cli: Cli) -> None:
+    argv = before_serving(cli, "time.sleep(1)", *(["-f"] if where == "foreground" else []))
+    with subprocess.Popen(argv, env=cli.environment) as process:
+        wait_for(lambda: cli.mounted, "mounted")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == (errors.OK if where == "foreground" else 130)
+    assert not cli.mounted
+    assert not cli.pids()
+
+
+def test_an_upper_that_cannot_be_synced_is_told_at_the_end(cli: Cli) -> None:
+    preparation = """
+        import errno, os
+        from unionfsd import syscalls
+        def fail(fd):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        syscalls.syncfs = fail
+    """
+    assert cli.complete(scripted(cli, preparation, "-o", f"log={cli.layers.root}/log")).returncode == errors.OK
+    run("umount", cli.mnt)
+    cli.wait_until_ended()
+    log = (cli.layers.root / "log").read_text()
+    assert "CRITICAL unionfsd.daemon: the upper could not be synced: Input/output error (" in log
+
+
+def test_nohup_outlives_the_terminal(cli: Cli) -> None:
+    argv = ["nohup", *cli.argv("-f", "-o", cli.options, cli.mnt)]
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=cli.environment) as process:
+        wait_for(lambda: cli.mounted, "mounted")
+        os.stat(cli.mnt / "file")
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == errors.OK
+        assert process.stderr is not None
+        said = process.stderr.read().decode()
+    assert "SIGTERM" in said
+    assert "SIGHUP" not in said
 
 
 def test_the_mount_is_there_soon(cli: Cli) -> None:

@@ -15,10 +15,9 @@ import stat
 from collections.abc import Iterator
 from typing import Protocol, TypeAlias
 
-from unionfsd.union import Attr, Caller, Found, SetAttr, Union
-
 from tests.union.trees import Record, Tree, join
 from unionfsd import steps
+from unionfsd.union import Attr, Caller, Found, SetAttr, Union
 
 Path: TypeAlias = tuple[bytes, ...]
 

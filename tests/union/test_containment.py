@@ -18,7 +18,7 @@ import pytest
 
 from tests.union.client import RENAME_EXCHANGE, UMASK, Client, renameat2, union_snapshot
 from tests.union.stack import Stack, scratch_directory
-from tests.union.trees import Entry, Obj, Tree, Whiteout, directory, regular, snapshot, symlink
+from tests.union.trees import Entry, Obj, Tree, Whiteout, build, directory, regular, snapshot, symlink
 from unionfsd import steps
 from unionfsd.union import Caller, SetAttr, Union
 
@@ -37,11 +37,9 @@ class Outside:
     """A directory with secrets beside the layers."""
 
     def __init__(self, path: bytes) -> None:
-        self.path = path
+        self.directory = path
         secrets = {name: regular(SECRET) for name in (b"f", b"g", b"n", b"m")}
-        os.mkdir(path)
-        Stack(path + b"/s", [directory({**secrets, b"sub": directory(secrets)})], None)
-        self.directory = path + b"/s/lower0"
+        build(path, directory({**secrets, b"sub": directory(secrets)}))
         self.before = self.state()
 
     def state(self) -> tuple[Tree, list[int]]:
@@ -60,8 +58,7 @@ def scratch() -> Iterator[bytes]:
 
 @pytest.fixture
 def outside(scratch: bytes) -> Iterator[Outside]:
-    os.mkdir(scratch + b"/o")
-    place = Outside(scratch + b"/o/utside")
+    place = Outside(scratch + b"/outside")
     yield place
     place.check()
 
@@ -127,7 +124,7 @@ def test_planted_symlink(scratch: bytes, outside: Outside, layer: str, depth: in
         parent = union.lookup(parent, name).nodeid
     assert union.readlink(parent) == outside.directory
     for name in (b"f", b"sub", b"absent"):
-        with pytest.raises(OSError, match="") as caught:
+        with pytest.raises(OSError) as caught:
             union.lookup(parent, name)
         assert caught.value.errno in (errno.ENOTDIR, errno.ENOENT)
     attack_nodes(union, parent, union.lookup(union.root, b"x").nodeid)
@@ -153,7 +150,7 @@ def attack_nodes(union: Union, parent: int, leaf: int) -> None:
         lambda: steps.run(union.setattr(leaf, SetAttr(size=0), CALLER)),
     ]
     for attempt in attempts:
-        with pytest.raises(OSError, match=""):
+        with pytest.raises(OSError):
             attempt()
 
 
@@ -232,7 +229,7 @@ def start_swapper(left: bytes, right: bytes) -> int:
         os._exit(1)
 
 
-@pytest.mark.parametrize("name", [b"..", b".", b"", b"a/b", b"/etc", b"../o", b"a\0b"], ids=repr)
+@pytest.mark.parametrize("name", [b"..", b".", b"", b"a/b", b"/etc", b"../outside", b"a\0b"], ids=repr)
 def test_names_are_single_components(scratch: bytes, outside: Outside, name: bytes) -> None:
     content = directory({b"a": directory({b"b": regular()}), b"file": regular()})
     stack = make_stack(scratch, content, directory())
@@ -252,7 +249,7 @@ def test_names_are_single_components(scratch: bytes, outside: Outside, name: byt
     ]
     before = union_snapshot(union)
     for attempt in attempts:
-        with pytest.raises(OSError, match="") as caught:
+        with pytest.raises(OSError) as caught:
             attempt()
         assert caught.value.errno in (errno.EINVAL, errno.ENOENT, errno.EEXIST, errno.EPERM, errno.EBUSY)
     assert union_snapshot(union) == before
@@ -286,7 +283,7 @@ def test_special_files_are_never_opened(scratch: bytes, outside: Outside, layer:
         lambda: steps.run(union.setattr(nodeid, SetAttr(size=0), CALLER)),
         lambda: steps.run(union.fallocate(nodeid, 0, 0, 1)),
     ):
-        with pytest.raises(OSError, match=""):
+        with pytest.raises(OSError):
             attempt()
     steps.run(union.setattr(nodeid, SetAttr(mode=0o600), CALLER))
     assert stat.S_IMODE(union.getattr(nodeid).st.st_mode) == 0o600
@@ -320,10 +317,8 @@ def test_hostile_marks(scratch: bytes, outside: Outside, layer: str) -> None:
             b".wh.": regular(b""),
             b".wh...": regular(b""),
             b"d": directory({b".wh..wh..opq": symlink(outside.directory), b"f": regular(b"mine")}),
-            b"r": Obj(
-                stat.S_IFDIR, mode=0o755, xattrs=((b"trusted.overlay.redirect", b"/../../../o/utside/s/lower0"),)
-            ),
-            b"q": Obj(stat.S_IFDIR, mode=0o755, xattrs=((b"trusted.overlay.redirect", b".."),)),
+            b"r": Obj(stat.S_IFDIR, mode=0o755, xattrs=((b"trusted.overlay.redirect", b"/../../outside"),)),
+            b"q": Obj(stat.S_IFDIR, mode=0o755, xattrs=((b"trusted.overlay.redirect", b"../../outside"),)),
             b"m": Obj(
                 stat.S_IFREG,
                 xattrs=((b"trusted.overlay.metacopy", b""), (b"trusted.overlay.redirect", outside.directory + b"/f")),

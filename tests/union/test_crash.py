@@ -25,10 +25,13 @@ from tests.union.scenarios import SINGLE, Operation, Scenario, double_scenarios,
 from tests.union.stack import Stack, has_kernel_overlayfs, scratch_directory
 from tests.union.trees import Tree, diff, settled, snapshot, timeless
 from unionfsd import syscalls
+from unionfsd.union import Union
 
 CRASHED = 42
 EVERY = bool(os.environ.get("UNIONFSD_EVERY_CRASH"))
 SCENARIOS = [*single_scenarios(), *double_scenarios(every=EVERY)]
+#: The operations that write or replace whiteouts.
+DELETING = [s for s in SCENARIOS if s.name.split(",")[0] in ("create", "mkdir", "unlink", "rmdir", "rename", "link")]
 KERNEL = has_kernel_overlayfs()
 
 #: A child forked here runs the operation alone; other threads, if a plugin has some, are not needed in it.
@@ -85,8 +88,11 @@ def attempt(operation: Operation, client: Client) -> int:
 class Case:
     """One scenario: its layers built afresh as often as needed, and the views before and after."""
 
-    def __init__(self, scenario: Scenario, scratch: bytes) -> None:
+    def __init__(self, scenario: Scenario, scratch: bytes, whiteout: str = "auto") -> None:
         self.scenario = scenario
+        self.options = {"whiteout": whiteout}
+        # Kernel overlayfs knows nothing of `.wh.` files.
+        self.compare_kernel = KERNEL and whiteout != "wh"
         self.scratch = scratch
         self.built = 0
         self.since_ns = time.time_ns() - 10**9
@@ -94,7 +100,7 @@ class Case:
         stack = self.stack()
         self.before = self.view(stack)
         with Seam(-1, nothing) as seam:
-            union = stack.union()
+            union = self.union(stack)
             mounting = len(seam.calls)
             self.errno = attempt(scenario.operation, Client(union))
             self.calls = seam.calls[mounting:]
@@ -107,15 +113,18 @@ class Case:
         os.mkdir(path)
         return Stack(path, [self.scenario.lower], self.scenario.upper)
 
+    def union(self, stack: Stack) -> Union:
+        return stack.union(**self.options)
+
     def view(self, stack: Stack) -> Tree:
         """What the next mount shows; it must have swept the work directory, and kernel overlayfs must agree."""
-        union = stack.union()
+        union = self.union(stack)
         seen = union_snapshot(union)
         union.close()
         assert stack.litter() == []
         assert stack.upper is not None
         raw = settled(snapshot(stack.upper), self.since_ns)
-        if KERNEL and raw not in self.verified:
+        if self.compare_kernel and raw not in self.verified:
             assert diff(seen, stack.kernel_tree()) == []
             self.verified.append(raw)
         return self.comparable(seen)
@@ -151,37 +160,43 @@ def in_child(work: Callable[[], None]) -> int:
         os._exit(status)
 
 
-def crash(stack: Stack, operation: Operation, index: int) -> int:
+def crash(case: Case, stack: Stack, index: int) -> int:
     """Mount and run the operation in a child that is gone in front of its call `index`."""
 
     def work() -> None:
-        client = Client(stack.union())
+        client = Client(case.union(stack))
         with Seam(index, lambda: os._exit(CRASHED)):
-            attempt(operation, client)
+            attempt(case.scenario.operation, client)
 
     return in_child(work)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_crash(scenario: Scenario, scratch: bytes) -> None:
-    case = Case(scenario, scratch)
+    crash_everywhere(Case(scenario, scratch))
+
+
+def crash_everywhere(case: Case) -> None:
     if case.errno:
         assert case.after == case.before
     for index in range(len(case.calls)):
         stack = case.stack()
-        assert crash(stack, scenario.operation, index) == CRASHED
+        assert crash(case, stack, index) == CRASHED
         case.must_be_whole(case.view(stack), f"crash in front of call {index}")
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_fault(scenario: Scenario, scratch: bytes) -> None:
-    case = Case(scenario, scratch)
+    fail_everywhere(Case(scenario, scratch))
+
+
+def fail_everywhere(case: Case) -> None:
     for index in range(len(case.calls)):
         number = errno.ENOSPC if index % 2 else errno.EIO
         stack = case.stack()
-        union = stack.union()
+        union = case.union(stack)
         with Seam(index, functools.partial(fail, number)):
-            got = attempt(scenario.operation, Client(union))
+            got = attempt(case.scenario.operation, Client(union))
         seen = case.comparable(union_snapshot(union))
         union.close()
         # What could not be cleaned away is left to the next mount.
@@ -192,7 +207,16 @@ def test_fault(scenario: Scenario, scratch: bytes) -> None:
         if got == 0:
             assert seen == case.after, where
         assert litter == [], where
-        assert case.view(stack) == seen, where
+        assert diff(case.view(stack), seen) == [], where
+
+
+@pytest.mark.parametrize("whiteout", ["xattr", "wh"])
+@pytest.mark.parametrize("scenario", DELETING, ids=lambda scenario: scenario.name)
+def test_other_whiteouts(scenario: Scenario, whiteout: str, scratch: bytes) -> None:
+    """The same where the upper cannot have device nodes, or neither them nor xattrs."""
+    case = Case(scenario, scratch, whiteout)
+    crash_everywhere(case)
+    fail_everywhere(case)
 
 
 def fail(number: int) -> None:
@@ -208,7 +232,7 @@ def test_crash_of_the_recovery(name: str, scratch: bytes) -> None:
     for index in range(len(case.calls)):
         for second in itertools.count():
             stack = case.stack()
-            assert crash(stack, scenario.operation, index) == CRASHED
+            assert crash(case, stack, index) == CRASHED
             status = in_child(functools.partial(mount, stack, second))
             case.must_be_whole(case.view(stack), f"crash in front of call {index}, then {second} of the mount")
             if status != CRASHED:

@@ -267,7 +267,7 @@ class UnionMachine(RuleBasedStateMachine):
     def truncate(self, pick: int, size: int) -> None:
         path = self.existing(pick)
         st_ = os.lstat(b"/".join((self.plain_root, *path)))
-        # A truncate(2) to the very size leaves the times alone, an ftruncate(2) does not, and FUSE cannot tell them apart.
+        # truncate(2) to the very size leaves the times alone, ftruncate(2) does not, and FUSE cannot tell them apart.
         if not (stat.S_ISREG(st_.st_mode) and st_.st_size == size):
             self.both(lambda fs: fs.truncate(path, size))
 

@@ -61,7 +61,8 @@ async def serve(union: Union, fuse_fd: int, config: MountConfig, *, started: Cal
     `started` is called once, when INIT has been answered. `fuse_fd` stays the caller's and becomes non-blocking.
     UserError: the kernel is too old.
     """
-    await Channel(union, fuse_fd, config, started).run()
+    kind = TracedChannel if config.debug else Channel
+    await kind(union, fuse_fd, config, started).run()
 
 
 class Channel:
@@ -96,9 +97,15 @@ class Channel:
     async def run(self) -> None:
         """Serve until the mount is gone and every deferred operation has ended."""
         os.set_blocking(self._fd, False)
+        failure: Exception | None = None
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            await self._loop()
+            try:
+                await self._loop()
+            except Exception as exc:  # kept, because the nursery would wrap it
+                failure = exc
+        if failure is not None:
+            raise failure
 
     async def _loop(self) -> None:
         fd, exchange, answer = self._fd, self._exchange, self._answer
@@ -116,8 +123,11 @@ class Channel:
                 if exc.errno not in (errno.ENOENT, errno.EINTR):
                     raise
                 continue
-            if not received:
-                return
+            if received < wire.BODY:
+                if not received:
+                    return
+                log.warning("%d bytes are no request", received)
+                continue
             answer(received)
             left -= 1
             if not left:
@@ -236,6 +246,24 @@ class Channel:
 
     def _unknown(self, nodeid: int, end: int) -> Payload:
         raise OSError(errno.ENOSYS, "not served")
+
+
+class TracedChannel(Channel):
+    """A channel that logs every message."""
+
+    def _answer(self, received: int) -> None:
+        length, opcode, unique, nodeid, uid, gid, pid, _ = wire.IN_HEADER.unpack_from(self._exchange.buf)
+        name = Opcode(opcode).name if opcode in _KNOWN else str(opcode)
+        log.debug("#%d %s node %d, %d bytes, uid %d gid %d pid %d", unique, name, nodeid, length, uid, gid, pid)
+        super()._answer(received)
+
+    def _write(self, parts: list[Payload]) -> None:
+        length, code, unique = _OUT.unpack_from(parts[0])
+        log.debug("#%d answered: %s, %d bytes", unique, errno.errorcode.get(-code, "ok"), length)
+        super()._write(parts)
+
+
+_KNOWN: Final = frozenset(Opcode)
 
 
 def _ok(nodeid: int, end: int) -> Payload:

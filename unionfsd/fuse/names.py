@@ -149,9 +149,9 @@ class Names:
     def _mode(self, nodeid: int, valid: int, mode: int) -> int | None:
         """The permissions to set, if any: those asked for, or what a truncation leaves of them.
 
-        A request that changes nothing is chown(-1, -1), which drops suid and sgid, or comes before a write to a file with
-        privileges, which keeps them if the writer has CAP_FSETID. The kernel has not checked that the caller owns the
-        file. So an owner without privileges drops them, and chown(-1, -1) by others does nothing.
+        A request that changes nothing is chown(-1, -1), which drops suid and sgid, or comes before a write to a file
+        with privileges, which keeps them if the writer has CAP_FSETID. The kernel has not checked that the caller owns
+        the file. So an owner without privileges drops them, and chown(-1, -1) by others does nothing.
         """
         if valid & abi.FATTR_MODE:
             return mode & _PERMISSIONS

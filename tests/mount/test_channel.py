@@ -1,0 +1,190 @@
+"""What only the kernel channel does: messages never sent, the backing device, what goes on during a copy-up."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import re
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness import Daemon, Layers, in_child
+
+CHANNEL = ["transport=channel", "io=cached"]
+
+
+@pytest.fixture
+def traced(layers: Layers) -> Iterator[Daemon]:
+    """A mount whose log says which messages came."""
+    (layers.lower / "d").mkdir()
+    (layers.lower / "d/file").write_bytes(b"content")
+    with Daemon(layers, [*CHANNEL, "debug"]) as daemon:
+        yield daemon
+
+
+def messages(daemon: Daemon) -> Counter[str]:
+    """How often each kind of message came so far."""
+    return Counter(re.findall(r"#\d+ ([A-Z0-9_]+) node", daemon.log.read_text()))
+
+
+def test_opening_again_sends_no_message(traced: Daemon) -> None:
+    path = traced / "d/file"
+    _read(path)
+    before = messages(traced)
+    for _ in range(20):
+        assert _read(path) == b"content"
+        os.close(os.open(path, os.O_RDWR))
+    assert messages(traced) == before
+
+
+def _read(path: Path) -> bytes:
+    # Not open(), which asks whether the file is a terminal: an ioctl, and a message.
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return os.read(fd, 100)
+    finally:
+        os.close(fd)
+
+
+def test_nothing_is_opened_twice(traced: Daemon) -> None:
+    for name in ("one", "two", "three"):
+        (traced / "d" / name).write_bytes(b"new")
+        assert (traced / "d" / name).read_bytes() == b"new"
+        assert name in os.listdir(traced / "d")
+    seen = messages(traced)
+    assert seen["CREATE"] == 3
+    assert max(seen["OPEN"], seen["OPENDIR"], seen["FLUSH"]) == 1
+    assert seen["RELEASEDIR"] == 0
+
+
+def test_listing_again_sends_no_message_until_something_changes(traced: Daemon) -> None:
+    assert os.listdir(traced / "d") == ["file"]
+    os.listdir(traced / "d")
+    before = messages(traced)
+    for _ in range(5):
+        assert os.listdir(traced / "d") == ["file"]
+    assert messages(traced) == before
+    (traced / "d/more").touch()
+    assert sorted(os.listdir(traced / "d")) == ["file", "more"]
+
+
+def test_an_absent_name_is_asked_for_once(traced: Daemon) -> None:
+    assert not (traced / "absent").exists()
+    before = messages(traced)
+    assert not any((traced / "absent").exists() for _ in range(10))
+    assert messages(traced) == before
+    (traced / "absent").write_bytes(b"present")
+    assert (traced / "absent").read_bytes() == b"present"
+
+
+def test_writing_asks_for_no_extended_attribute(traced: Daemon) -> None:
+    """Without HANDLE_KILLPRIV_V2 the kernel asks for security.capability before each write."""
+    with (traced / "log").open("wb", buffering=0) as log:
+        for _ in range(50):
+            log.write(b"a line\n")
+    seen = messages(traced)
+    assert seen["WRITE"] == 50
+    assert seen["GETXATTR"] <= 1
+
+
+def test_readahead_is_wide(traced: Daemon) -> None:
+    device = os.stat(traced.path).st_dev
+    setting = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+    assert setting.read_text() == "512\n"
+
+
+def test_stats_go_on_while_a_file_is_copied_up(layers: Layers) -> None:
+    """None waits for the copy, and deferred requests of others are served too."""
+    with (layers.lower / "big").open("wb") as big:
+        for _ in range(256):
+            big.write(os.urandom(1 << 20))
+    for number in range(2000):
+        (layers.lower / f"small{number}").touch()
+    with Daemon(layers, CHANNEL) as daemon:
+        waits: list[float] = []
+        done = threading.Event()
+
+        def copy_up() -> None:
+            in_child(lambda: os.truncate(daemon / "big", (256 << 20) - 1))
+            done.set()
+
+        thread = threading.Thread(target=copy_up)
+        thread.start()
+        start = time.monotonic()
+        for number in range(2000):
+            if done.is_set():
+                break
+            before = time.monotonic()
+            os.stat(daemon / f"small{number}")
+            waits.append(time.monotonic() - before)
+        thread.join()
+        took = time.monotonic() - start
+    assert len(waits) > 20
+    assert max(waits) < took / 2
+    assert statistics.median(waits) < 0.01
+
+
+def test_a_shared_mapping_and_writes_agree_across_copy_up(layers: Layers) -> None:
+    (layers.lower / "file").write_bytes(bytes(8192))
+    with Daemon(layers, CHANNEL) as daemon:
+        in_child(lambda: _write_both_ways(daemon / "file"))
+        daemon.remount()
+        data = (daemon / "file").read_bytes()
+    assert (data[0:1], data[4096:4097]) == (b"W", b"M")
+    assert (layers.lower / "file").read_bytes() == bytes(8192)
+
+
+def _write_both_ways(path: Path) -> None:
+    fd = os.open(path, os.O_RDWR)
+    with mmap.mmap(fd, 8192) as mapping:
+        assert mapping[0] == 0
+        os.pwrite(fd, b"W", 0)
+        assert mapping[0:1] == b"W"
+        mapping[4096:4097] = b"M"
+        assert os.pread(fd, 1, 4096) == b"M"
+
+
+def test_a_hole_is_found_and_punched(traced: Daemon) -> None:
+    path = traced / "sparse"
+    fd = os.open(path, os.O_CREAT | os.O_RDWR)
+    try:
+        os.pwrite(fd, b"x" * 65536, 0)
+        os.pwrite(fd, b"x" * 65536, 1 << 20)
+        assert os.lseek(fd, 0, os.SEEK_HOLE) == 65536
+        assert os.lseek(fd, 65536, os.SEEK_DATA) == 1 << 20
+        _punch(fd, 0, 65536)
+        assert os.lseek(fd, 0, os.SEEK_DATA) == 1 << 20
+        assert os.pread(fd, 65536, 0) == bytes(65536)
+        os.posix_fallocate(fd, 0, 2 << 20)
+        assert os.fstat(fd).st_size == 2 << 20
+    finally:
+        os.close(fd)
+
+
+def _punch(fd: int, offset: int, length: int) -> None:
+    """FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, which Python does not have."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.fallocate(fd, 3, ctypes.c_long(offset), ctypes.c_long(length)):
+        raise OSError(ctypes.get_errno(), "fallocate")
+
+
+def test_a_copy_within_the_mount_needs_no_data_of_the_caller(traced: Daemon) -> None:
+    (traced / "source").write_bytes(b"0123456789" * 1000)
+    before = messages(traced)
+    source, target = os.open(traced / "source", os.O_RDONLY), os.open(traced / "target", os.O_CREAT | os.O_RDWR)
+    try:
+        assert os.copy_file_range(source, target, 5000, 10, 0) == 5000
+        assert os.pread(target, 6000, 0) == (b"0123456789" * 1000)[10:5010]
+    finally:
+        os.close(source)
+        os.close(target)
+    seen = messages(traced) - before
+    assert seen["COPY_FILE_RANGE"] + seen["COPY_FILE_RANGE_64"] == 1
+    assert seen["WRITE"] == 0

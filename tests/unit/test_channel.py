@@ -1,0 +1,365 @@
+"""The kernel channel against the kernel's side of the protocol on a socket: what it answers, and what it survives."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.fakekernel import CONFIG, EVERYTHING, FakeUnion, served
+from unionfsd.errors import UserError
+from unionfsd.fuse import abi, wire
+from unionfsd.fuse.abi import InitFlag, Opcode
+from unionfsd.steps import Blocking, Gate, Op
+from unionfsd.union import Dirent
+
+HANDLES = EVERYTHING & ~(InitFlag.NO_OPEN_SUPPORT | InitFlag.NO_OPENDIR_SUPPORT)
+
+
+@pytest.fixture
+def union() -> FakeUnion:
+    return FakeUnion()
+
+
+def read_in(offset: int, size: int) -> bytes:
+    return wire.READ_IN.pack(0, offset, size, 0, 0, 0)
+
+
+def write_in(offset: int, data: bytes, flags: int = 0) -> bytes:
+    return wire.WRITE_IN.pack(0, offset, len(data), flags, 0, 0) + data
+
+
+# --- negotiation -----------------------------------------------------------------------------------------------------
+
+
+async def test_features_are_asked_for_only_when_offered(union: FakeUnion) -> None:
+    for offered in (EVERYTHING, InitFlag(0), InitFlag.ASYNC_READ | InitFlag.POSIX_ACL):
+        async with served(union) as kernel:
+            reply = await kernel.init(offered)
+            low, high = wire.INIT_OUT.unpack(reply.payload)[3], wire.INIT_OUT.unpack(reply.payload)[10]
+            assert not (low | high << 32) & ~offered
+
+
+async def test_truncation_is_never_left_to_open(union: FakeUnion) -> None:
+    async with served(union) as kernel:
+        flags = wire.INIT_OUT.unpack((await kernel.init()).payload)[3]
+        assert not flags & InitFlag.ATOMIC_O_TRUNC
+
+
+async def test_a_timeout_asked_for_makes_the_kernel_check_its_pages(union: FakeUnion) -> None:
+    for given_, expected in (
+        (frozenset[str](), InitFlag.EXPLICIT_INVAL_DATA),
+        (frozenset(["timeout"]), InitFlag.AUTO_INVAL_DATA),
+    ):
+        async with served(union, config=replace(CONFIG, explicit=given_)) as kernel:
+            flags = wire.INIT_OUT.unpack((await kernel.init()).payload)[3]
+            assert flags & (InitFlag.EXPLICIT_INVAL_DATA | InitFlag.AUTO_INVAL_DATA) == expected
+
+
+async def test_a_newer_major_version_is_asked_to_come_down(union: FakeUnion) -> None:
+    async with served(union) as kernel:
+        assert wire.INIT_OUT.unpack((await kernel.init(major=8, minor=1)).payload)[0] == 7
+        assert (await kernel.init()).error == 0
+        assert (await kernel.call(Opcode.GETATTR, wire.GETATTR_IN.pack(0, 0))).error == 0
+
+
+async def test_a_kernel_too_old_is_refused_with_a_way_out(union: FakeUnion) -> None:
+    async def offer() -> None:
+        async with served(union) as kernel:
+            assert (await kernel.init(minor=30)).error == errno.EPROTO
+            await trio.sleep_forever()
+
+    with pytest.raises(ExceptionGroup) as refused:
+        await offer()
+    cause = refused.value.exceptions[0]
+    assert isinstance(cause, UserError)
+    assert "pyfuse3" in str(cause)
+
+
+@pytest.mark.parametrize(
+    ("opcode", "body"),
+    [
+        (Opcode.OPEN, wire.OPEN_IN.pack(0, 0)),
+        (Opcode.OPENDIR, wire.OPEN_IN.pack(0, 0)),
+        (Opcode.FLUSH, wire.FLUSH_IN.pack(0, 0)),
+    ],
+)
+async def test_opens_are_declined_where_the_kernel_can_do_without(union: FakeUnion, opcode: int, body: bytes) -> None:
+    async with served(union) as kernel:
+        await kernel.init()
+        assert (await kernel.call(opcode, body)).error == errno.ENOSYS
+    async with served(union) as kernel:
+        await kernel.init(HANDLES)
+        assert (await kernel.call(opcode, body)).error == 0
+
+
+# --- replies ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_lookup_is_an_entry_with_nothing_lost(union: FakeUnion) -> None:
+    async with served(union) as kernel:
+        reply = await kernel.call(Opcode.LOOKUP, b"name\0", nodeid=3)
+    entry = wire.ENTRY_OUT.unpack(reply.payload)
+    assert entry[:2] == (5, 0)
+    assert entry[2] == entry[3] > 10**8
+    assert (entry[6], entry[7], entry[16]) == (77, 30, 3)
+    assert union.calls == [("lookup", 3, b"name")]
+
+
+async def test_an_absent_name_is_remembered_by_the_kernel(union: FakeUnion) -> None:
+    async with served(union) as kernel:
+        reply = await kernel.call(Opcode.LOOKUP, b"absent\0")
+    nodeid, _, entry_valid, *_ = wire.ENTRY_OUT.unpack(reply.payload)
+    assert reply.error == 0
+    assert nodeid == 0
+    assert entry_valid > 0
+
+
+async def test_an_oserror_is_its_errno(union: FakeUnion, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rmdir(parent: int, name: bytes) -> None:
+        raise OSError(errno.ENOTEMPTY, "not empty")
+
+    monkeypatch.setattr(union, "rmdir", rmdir)
+    async with served(union) as kernel:
+        assert await kernel.call(Opcode.RMDIR, b"name\0") == (2, errno.ENOTEMPTY, b"")
+    assert (union.counters.errors, union.counters.faults) == (1, 0)
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_a_defect_is_eio_and_a_traceback_and_nothing_ends(
+    union: FakeUnion, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, late: bool
+) -> None:
+    def fsync(nodeid: int, datasync: bool) -> Op[None]:
+        if late:
+            yield Blocking(lambda: None)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(union, "fsync", fsync)
+    async with served(union) as kernel:
+        assert (await kernel.call(Opcode.FSYNC, wire.FSYNC_IN.pack(0, 0))).error == errno.EIO
+        assert (await kernel.call(Opcode.LOOKUP, b"name\0")).error == 0
+    assert union.counters.faults == 1
+    assert "ZeroDivisionError" in caplog.text
+
+
+@pytest.mark.parametrize("opcode", [Opcode.GETLK, Opcode.BMAP, Opcode.POLL, 7, 63, 64, 4096, 2**32 - 1])
+async def test_what_is_not_served_is_enosys(union: FakeUnion, opcode: int) -> None:
+    async with served(union) as kernel:
+        assert (await kernel.call(opcode, bytes(64))).error == errno.ENOSYS
+
+
+async def test_forgetting_is_not_answered(union: FakeUnion) -> None:
+    async with served(union) as kernel:
+        await kernel.send(Opcode.FORGET, wire.FORGET_IN.pack(2), nodeid=5)
+        await kernel.send(
+            Opcode.BATCH_FORGET, wire.BATCH_FORGET_IN.pack(2) + wire.FORGET_ONE.pack(6, 1) + wire.FORGET_ONE.pack(7, 3)
+        )
+        await kernel.send(Opcode.INTERRUPT, wire.INTERRUPT_IN.pack(2))
+        assert (await kernel.call(Opcode.STATFS)).error == 0
+    assert union.calls == [("forget", 5, 2), ("forget", 6, 1), ("forget", 7, 3)]
+
+
+async def test_what_is_created_without_handles_is_closed_at_once(union: FakeUnion) -> None:
+    body = wire.CREATE_IN.pack(2, 0o100644, 0o22, 0) + b"name\0"
+    async with served(union) as kernel:
+        await kernel.init()
+        reply = await kernel.call(Opcode.CREATE, body)
+        assert wire.OPEN_OUT.unpack_from(reply.payload, wire.ENTRY_OUT.size) == (0, abi.FOPEN_KEEP_CACHE, 0)
+        assert union.calls[-1] == ("release", 9)
+        assert (await kernel.call(Opcode.RELEASE, wire.RELEASE_IN.pack(0, 0, 0, 0), nodeid=9)).error == 0
+    assert union.calls.count(("release", 9)) == 1
+
+
+async def test_what_is_created_with_handles_stays_open(union: FakeUnion) -> None:
+    body = wire.CREATE_IN.pack(2, 0o100644, 0o22, 0) + b"name\0"
+    async with served(union) as kernel:
+        await kernel.init(HANDLES)
+        reply = await kernel.call(Opcode.CREATE, body)
+        fh, _, _ = wire.OPEN_OUT.unpack_from(reply.payload, wire.ENTRY_OUT.size)
+        assert ("release", 9) not in union.calls
+        await kernel.call(Opcode.RELEASE, wire.RELEASE_IN.pack(fh, 0, 0, 0), nodeid=9)
+    assert union.calls[-1] == ("release", 9)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(0, wire.GETXATTR_OUT.pack(5)), (5, b"value"), (99, b"value")])
+async def test_an_extended_attribute_or_its_size(union: FakeUnion, size: int, expected: bytes) -> None:
+    async with served(union) as kernel:
+        body = wire.GETXATTR_IN.pack(size) + b"user.a\0"
+        assert (await kernel.call(Opcode.GETXATTR, body)).payload == expected
+
+
+async def test_an_extended_attribute_longer_than_the_buffer(union: FakeUnion) -> None:
+    async with served(union) as kernel:
+        assert (await kernel.call(Opcode.GETXATTR, wire.GETXATTR_IN.pack(4) + b"user.a\0")).error == errno.ERANGE
+        assert (await kernel.call(Opcode.LISTXATTR, wire.GETXATTR_IN.pack(14))).payload == b"user.a\0user.b\0"
+
+
+@pytest.mark.parametrize(
+    ("permissions", "flags", "left"),
+    [
+        (0o104755, abi.FUSE_WRITE_KILL_SUIDGID, 0o755),
+        (0o102755, abi.FUSE_WRITE_KILL_SUIDGID, 0o755),
+        (0o102745, abi.FUSE_WRITE_KILL_SUIDGID, None),
+        (0o100644, abi.FUSE_WRITE_KILL_SUIDGID, None),
+        (0o104755, 0, None),
+    ],
+)
+async def test_a_write_drops_privileges_when_the_kernel_says_so(
+    union: FakeUnion, monkeypatch: pytest.MonkeyPatch, permissions: int, flags: int, left: int | None
+) -> None:
+    st = union.getattr(1)
+    monkeypatch.setattr(union, "getattr", lambda nodeid: st._replace(st=_with_mode(st.st, permissions)))
+    async with served(union) as kernel:
+        reply = await kernel.call(Opcode.WRITE, write_in(3, b"data", flags), nodeid=8)
+    assert wire.WRITE_OUT.unpack(reply.payload) == (4,)
+    modes = [call[2].mode for call in union.calls if call[0] == "setattr"]
+    assert modes == ([] if left is None else [left])
+    assert union.calls[-1] == ("write", 8, b"data", 3)
+
+
+def _with_mode(st: Any, mode: int) -> Any:
+    return type(st)((mode, *st[1:]))
+
+
+# --- listings --------------------------------------------------------------------------------------------------------
+
+
+def dirents(payload: bytes, head: int) -> Iterator[tuple[bytes, int]]:
+    """Names and cookies of a listing whose entries have `head` bytes before their fuse_dirent."""
+    while payload:
+        _, cookie, length, _ = wire.DIRENT.unpack_from(payload, head)
+        start = head + wire.DIRENT.size
+        yield payload[start : start + length], cookie
+        payload = payload[(start + length + 7) & ~7 :]
+
+
+@pytest.mark.parametrize("plus", [False, True])
+@given(names=st.lists(st.binary(min_size=1, max_size=255), max_size=30, unique=True), size=st.integers(600, 4096))
+@settings(max_examples=50, deadline=None)
+def test_a_listing_in_parts_is_the_listing(plus: bool, names: list[bytes], size: int) -> None:
+    union = FakeUnion()
+    union.entries = [Dirent(name, 100 + at, 8, at + 1) for at, name in enumerate(names)]
+    opcode, head = (Opcode.READDIRPLUS, wire.ENTRY_OUT.size) if plus else (Opcode.READDIR, 0)
+    found: list[bytes] = []
+
+    async def run() -> None:
+        cookie = 0
+        async with served(union) as kernel:
+            await kernel.init()
+            while part := (await kernel.call(opcode, read_in(cookie, size))).payload:
+                assert len(part) <= size
+                entries = list(dirents(part, head))
+                found.extend(name for name, _ in entries)
+                cookie = entries[-1][1]
+
+    trio.run(run)
+    assert found == names
+    looked_up = [call[2] for call in union.calls if call[0] == "lookup"]
+    assert looked_up == [name for name in names if name not in (b".", b"..") and not name.startswith(b"absent")] * plus
+    assert union.calls[-1] == ("releasedir", 1)
+
+
+# --- operations that wait --------------------------------------------------------------------------------------------
+
+
+async def test_a_write_that_waits_keeps_its_data_while_others_are_served(
+    union: FakeUnion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate()
+    written = []
+
+    def write(nodeid: int, data: memoryview, offset: int) -> Op[int]:
+        yield gate
+        written.append(bytes(data))
+        return len(data)
+
+    async with served(union) as kernel:
+        with monkeypatch.context() as patch:
+            patch.setattr(union, "write", write)
+            waiting = [await kernel.send(Opcode.WRITE, write_in(0, bytes([letter]) * 5000)) for letter in b"abc"]
+            for _ in range(10):
+                assert (await kernel.call(Opcode.LOOKUP, b"n" * 200 + b"\0")).error == 0
+        gate.open()
+        replies = [await kernel.receive() for _ in waiting]
+    assert sorted(reply.unique for reply in replies) == waiting
+    assert sorted(written) == [bytes([letter]) * 5000 for letter in b"abc"]
+
+
+async def test_reads_that_wait_do_not_share_a_buffer(union: FakeUnion, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate()
+
+    def readinto(nodeid: int, buffer: memoryview, offset: int) -> Op[int]:
+        buffer[:] = bytes([offset]) * len(buffer)
+        yield gate
+        return len(buffer)
+
+    monkeypatch.setattr(union, "readinto", readinto)
+    async with served(union) as kernel:
+        expected = {await kernel.send(Opcode.READ, read_in(at, 3000)): bytes([at]) * 3000 for at in range(4)}
+        await kernel.call(Opcode.STATFS)
+        gate.open()
+        replies = [await kernel.receive() for _ in expected]
+    assert {reply.unique: reply.payload for reply in replies} == expected
+
+
+async def test_what_waits_is_finished_after_the_kernel_has_gone(
+    union: FakeUnion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = []
+
+    def fsync(nodeid: int, datasync: bool) -> Op[None]:
+        yield Blocking(lambda: None)
+        ended.append(nodeid)
+
+    monkeypatch.setattr(union, "fsync", fsync)
+    async with served(union) as kernel:
+        await kernel.send(Opcode.FSYNC, wire.FSYNC_IN.pack(0, 0), nodeid=4)
+    assert ended == [4]
+
+
+# --- hostile bytes ---------------------------------------------------------------------------------------------------
+
+BODIES = st.one_of(
+    st.binary(max_size=200),
+    st.builds(
+        lambda head, *names: head + b"\0".join(names), st.binary(max_size=64), st.binary(max_size=20), st.just(b"")
+    ),
+)
+MESSAGES = st.one_of(
+    st.binary(min_size=1, max_size=120),
+    st.builds(
+        lambda opcode, body, lie: wire.IN_HEADER.pack(wire.BODY + len(body) + lie, opcode, 9, 1, 0, 0, 0, 0) + body,
+        st.integers(0, 70).filter(lambda opcode: opcode != Opcode.INIT),
+        BODIES,
+        st.sampled_from([0, 0, 0, 1, -1, 2**20]),
+    ),
+)
+
+
+@given(st.lists(MESSAGES, max_size=20))
+@settings(deadline=None)
+def test_no_bytes_end_the_channel(messages: list[bytes]) -> None:
+    union = FakeUnion()
+
+    async def run() -> None:
+        async with served(union) as kernel:
+            for message in messages:
+                await kernel.send_raw(message)
+            unique = await kernel.send(Opcode.LOOKUP, b"still here\0")
+            while (await kernel.receive()).unique != unique:
+                pass
+
+    logging.disable(logging.WARNING)
+    try:
+        trio.run(run)
+    finally:
+        logging.disable(logging.NOTSET)
+    assert union.counters.faults == 0
+    assert union.calls[-1] == ("lookup", 1, b"still here")

@@ -1,0 +1,162 @@
+"""The bound on open descriptors holds, whatever is admitted, dropped, used and pinned in whatever order."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unionfsd.fdcache import FdCache, Holder
+from unionfsd.syscalls import Fd
+
+CAPACITY = FdCache.MINIMUM
+
+
+def new_fd() -> Fd:
+    return Fd(os.open("/", os.O_PATH | os.O_CLOEXEC))
+
+
+def is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError as exc:
+        assert exc.errno == errno.EBADF
+        return False
+    return True
+
+
+def full(cache: FdCache, *, pinned: bool = False) -> list[Holder]:
+    """As many holders as fit, admitted in this order."""
+    holders = [Holder() for _ in range(cache.capacity)]
+    for holder in holders:
+        holder.pinned = pinned
+        cache.admit(holder, new_fd())
+    return holders
+
+
+def test_the_capacity_is_never_less_than_one_operation_needs() -> None:
+    assert FdCache(1).capacity == CAPACITY
+    assert FdCache(CAPACITY + 1).capacity == CAPACITY + 1
+
+
+def test_one_more_than_fits_closes_one() -> None:
+    cache = FdCache(CAPACITY)
+    holders = full(cache)
+    numbers = [holder.fd.fd for holder in holders if holder.fd]
+    late = Holder()
+    assert is_open(cache.admit(late, new_fd()))
+    assert len(cache) == CAPACITY
+    gone = [number for holder, number in zip(holders, numbers, strict=True) if holder.fd is None]
+    assert len(gone) == 1
+    assert late.fd is not None
+    assert gone[0] == late.fd.fd or not is_open(gone[0])
+
+
+def test_what_was_used_stays_a_round_longer() -> None:
+    cache = FdCache(CAPACITY)
+    holders = full(cache)
+    cache.admit(Holder(), new_fd())  # a round of the hand: from here on nobody is hot
+    used = next(holder for holder in holders if holder.fd is not None)
+    used.hot = True
+    for _ in range(CAPACITY // 2):
+        cache.admit(Holder(), new_fd())
+    assert used.fd is not None
+    assert sum(holder.fd is None for holder in holders) > CAPACITY // 2
+
+
+def test_pinned_descriptors_are_never_closed() -> None:
+    cache = FdCache(CAPACITY)
+    pinned = Holder()
+    pinned.pinned = True
+    cache.admit(pinned, new_fd())
+    for _ in range(5 * CAPACITY):
+        cache.admit(Holder(), new_fd())
+    assert pinned.fd is not None
+    assert is_open(pinned.fd.fd)
+    assert len(cache) == CAPACITY
+
+
+def test_what_was_just_admitted_stays_open_even_when_all_others_are_pinned() -> None:
+    cache = FdCache(CAPACITY)
+    full(cache, pinned=True)
+    late = Holder()
+    assert is_open(cache.admit(late, new_fd()))
+    assert late.fd is not None
+
+
+def test_a_holder_that_came_back_counts_once() -> None:
+    cache = FdCache(CAPACITY)
+    holder = Holder()
+    for _ in range(3):
+        cache.admit(holder, new_fd())
+        holder.drop()
+    cache.admit(holder, new_fd())
+    assert len(cache) == 1
+
+
+def test_a_new_descriptor_replaces_the_old_one() -> None:
+    cache = FdCache(CAPACITY)
+    holder = Holder()
+    old = cache.admit(holder, new_fd())
+    new = cache.admit(holder, new_fd())
+    assert is_open(new)
+    assert not is_open(old)
+    assert len(cache) == 1
+
+
+def test_a_thread_keeps_the_descriptor_it_was_given() -> None:
+    cache = FdCache(CAPACITY)
+    holder = Holder()
+    cache.admit(holder, new_fd())
+    in_thread = holder.fd
+    assert in_thread is not None
+    for _ in range(3 * CAPACITY):
+        cache.admit(Holder(), new_fd())
+    assert holder.fd is None
+    assert is_open(in_thread.fd)
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_closing_closes_everything(pinned: bool) -> None:
+    cache = FdCache(CAPACITY)
+    numbers = [holder.fd.fd for holder in full(cache, pinned=pinned) if holder.fd]
+    cache.close()
+    assert len(cache) == 0
+    assert not any(map(is_open, numbers))
+
+
+_actions = st.tuples(st.sampled_from(["admit", "admit", "admit", "use", "drop", "pin"]), st.integers(0, 99))
+
+
+@given(st.lists(_actions, min_size=200, max_size=600))
+@settings(deadline=None, max_examples=30)
+def test_the_bound_holds(actions: list[tuple[str, int]]) -> None:
+    cache = FdCache(CAPACITY)
+    holders = [Holder() for _ in range(100)]
+    before = len(os.listdir("/proc/self/fd"))
+    try:
+        for action, index in actions:
+            act(cache, holders[index], action)
+            assert all(holder.fd is not None for holder in holders if holder.pinned)
+            free = sum(holder.fd is not None for holder in holders if not holder.pinned)
+            assert free <= len(cache) <= CAPACITY
+        assert len(os.listdir("/proc/self/fd")) - before == sum(holder.fd is not None for holder in holders)
+    finally:
+        for holder in holders:
+            holder.drop()
+
+
+def act(cache: FdCache, holder: Holder, action: str) -> None:
+    if action == "admit":
+        assert is_open(cache.admit(holder, new_fd()))
+        assert holder.fd is not None
+    elif action == "use":
+        holder.hot = holder.fd is not None
+    elif action == "drop":
+        holder.pinned = False
+        holder.drop()
+    else:
+        holder.pinned = holder.fd is not None
