@@ -165,11 +165,24 @@ class Attributes:
         """Set an xattr; `flags` are XATTR_CREATE (EEXIST) or XATTR_REPLACE (ENODATA). EPERM for fuse-overlayfs's."""
         if fmt.is_forbidden(name):
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        if not node.entry.upper:
+            self._check_setxattr(node, name, flags)
         yield from self._to_upper(node)
         with self._resolver.open_object(node) as fd:
             syscalls.setxattr(fd.fd, fmt.escape(name), value, flags)
         if isinstance(node, DirNode):
             node.heritage = None
+
+    def _check_setxattr(self, node: Node, name: bytes, flags: int) -> None:
+        """Fail before a copy-up where setxattr would fail after it."""
+        try:
+            self.getxattr(node, name)
+        except OSError as exc:
+            if exc.errno != errno.ENODATA or flags & os.XATTR_REPLACE:
+                raise
+        else:
+            if flags & os.XATTR_CREATE:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
 
     def removexattr(self, node: Node, name: bytes) -> Op[None]:
         """Remove an xattr; ENODATA when there is none, and then nothing is copied up."""

@@ -15,6 +15,7 @@ import stat
 from typing import Final
 
 from . import syscalls
+from .layers import exists
 from .workdir import INTENT, Workdir
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,8 @@ _MAGIC: Final = b"unionfsd rename 1"
 
 def record(work: Workdir, path: tuple[bytes, ...], ino: int) -> None:
     """Put on disk that the upper's object `path` is to become a whiteout once its st_ino is `ino`."""
+    if exists(work.fd, INTENT):
+        syscalls.unlink_at(work.fd, INTENT)
     with syscalls.create_at(work.fd, INTENT, 0o600) as fd:
         try:
             syscalls.pwrite(fd.fd, b"\0".join((_MAGIC, b"%d" % ino, *path, b"")), 0)
@@ -35,8 +38,8 @@ def record(work: Workdir, path: tuple[bytes, ...], ino: int) -> None:
 
 
 def retire(work: Workdir) -> None:
-    """The change is complete."""
-    syscalls.unlink_at(work.fd, INTENT)
+    """The change is complete, or undone. Best effort: a record that stays finds nothing to do, or is written over."""
+    work.discard(INTENT)
 
 
 def _sync_work(work: Workdir) -> None:

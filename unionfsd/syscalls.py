@@ -47,6 +47,7 @@ MS_MANDLOCK: Final = 64
 MS_DIRSYNC: Final = 128
 MS_NOATIME: Final = 1024
 MS_NODIRATIME: Final = 2048
+MS_POSIXACL: Final = 1 << 16
 MS_RELATIME: Final = 1 << 21
 MS_STRICTATIME: Final = 1 << 24
 MNT_DETACH: Final = 2

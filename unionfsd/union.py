@@ -291,6 +291,11 @@ class Union:
             node.snapshot = self._resolver.listing(node)
         return node.snapshot.after(cookie)
 
+    def parent(self, nodeid: int) -> int:
+        """nodeid of the directory that "." of `nodeid` has as ".."; the root is its own."""
+        node = self._table.directory(nodeid)
+        return node.nodeid if node.parent is None else node.parent.nodeid
+
     def releasedir(self, nodeid: int) -> None:
         """No reader is in the middle of the directory's listing any more."""
         self._table.directory(nodeid).snapshot = None

@@ -187,7 +187,8 @@ def _mount_directly(config: MountConfig, path: bytes) -> Fd | None:
     except OSError as error:
         why = f"cannot open {_DEVICE}: {errors.reason(error)}"
         raise _refused(path, why, "the kernel's fuse module is missing: modprobe fuse") from None
-    flags = config.mount_flags | (syscalls.MS_RDONLY if config.read_only else 0)
+    # MS_POSIXACL makes the kernel leave the umask to us (fs/fuse/inode.c), also over pyfuse3, which cannot ask for it.
+    flags = config.mount_flags | syscalls.MS_POSIXACL | (syscalls.MS_RDONLY if config.read_only else 0)
     data = mount_data(fd.fileno(), config, selinux=os.path.exists("/sys/fs/selinux/enforce"))
     try:
         syscalls.mount(config.fsname, os.fsdecode(path), f"fuse.{config.subtype}", flags, data)
