@@ -316,13 +316,13 @@ class Daemon(Mount):
 
     def end(self) -> None:
         super().end()
-        if not self.killed:
-            self._ended()
+        self._ended()
 
     def _ended(self) -> None:
         """Wait for the daemon, which puts the whole upper on disk first, and with it what others write there."""
         assert self._process is not None
-        assert self._process.wait(60) == 0, f"exit {self._process.returncode}: {self.log.read_text()}"
+        expected = -signal.SIGKILL if self.killed else 0
+        assert self._process.wait(60) == expected, f"exit {self._process.returncode}: {self.log.read_text()}"
 
     def kill(self) -> None:
         """End the daemon the hard way; the mount stays, dead."""
@@ -334,6 +334,11 @@ class Daemon(Mount):
     def fds(self) -> int:
         """Descriptors the daemon has open."""
         return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def written(self) -> int:
+        """Bytes the daemon has written so far, to files or anything else."""
+        counters = dict(line.split(": ") for line in Path(f"/proc/{self.pid}/io").read_text().splitlines())
+        return int(counters["wchar"])
 
     def resident(self) -> int:
         """Resident memory of the daemon in bytes."""

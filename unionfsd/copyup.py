@@ -170,7 +170,7 @@ class CopyUp:
 
     def mark_impure(self, parent: DirNode, dirfd: int) -> None:
         """Say that an upper directory holds copied-up objects (ovl_set_impure). Best effort: it only saves work."""
-        if parent.impure:
+        if self._resolver.impure(parent):
             return
         parent.impure = True
         try:

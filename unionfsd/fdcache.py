@@ -11,7 +11,7 @@ Rules this file obeys:
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from typing import Final
 
 from .syscalls import Fd
@@ -20,14 +20,12 @@ from .syscalls import Fd
 class Holder:
     """Something that has a descriptor when it needs one. `fd` is None when it is closed."""
 
-    __slots__ = ("fd", "hot", "pinned", "queued")
+    __slots__ = ("fd", "hot", "pinned")
 
     def __init__(self) -> None:
         self.fd: Fd | None = None
         self.hot = False
         self.pinned = False
-        #: The cache has it in its queue, perhaps without a descriptor.
-        self.queued = False
 
     def drop(self) -> None:
         """Let go of the descriptor. It closes with its last reference: a thread that was given the `Fd` keeps it."""
@@ -42,38 +40,38 @@ class FdCache:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = max(capacity, self.MINIMUM)
-        self._hand: deque[Holder] = deque()
+        self._hand: OrderedDict[Holder, None] = OrderedDict()
 
     def admit(self, holder: Holder, fd: Fd) -> int:
         """Give `holder` the descriptor `fd`, closing others if that is one too many; returns its number."""
         holder.drop()
         holder.fd = fd
         holder.hot = True
-        if not holder.queued:
-            holder.queued = True
-            self._hand.append(holder)
+        self._hand[holder] = None
         while len(self._hand) > self.capacity:
             self._evict_one(holder)
         return fd.fd
 
     def _evict_one(self, newest: Holder) -> None:
         while True:
-            holder = self._hand.popleft()
+            holder, _ = self._hand.popitem(last=False)
             if holder is newest or (holder.hot and holder.fd is not None and not holder.pinned):
                 holder.hot = False
-                self._hand.append(holder)
+                self._hand[holder] = None
                 continue
-            holder.queued = False
             if not holder.pinned:
                 holder.drop()
             return
 
+    def forget(self, holder: Holder) -> None:
+        """`holder` is done with: its descriptor goes now, and the cache keeps no reference to it."""
+        self._hand.pop(holder, None)
+        holder.drop()
+
     def close(self) -> None:
         """Close every descriptor, pinned or not."""
         while self._hand:
-            holder = self._hand.popleft()
-            holder.queued = False
-            holder.drop()
+            self._hand.popitem()[0].drop()
 
     def __len__(self) -> int:
         return sum(1 for holder in self._hand if holder.fd is not None)

@@ -11,6 +11,8 @@ Rules this file obeys:
 
 from __future__ import annotations
 
+import errno
+import os
 import stat
 import struct
 import sys
@@ -27,6 +29,7 @@ OPAQUE: Final = b"opaque"
 WHITEOUT: Final = b"whiteout"
 ORIGIN: Final = b"origin"
 IMPURE: Final = b"impure"
+REDIRECT: Final = b"redirect"
 
 OPAQUE_YES: Final = b"y"
 #: The directory is not opaque but may hold xattr whiteouts (Linux 6.7).
@@ -36,6 +39,8 @@ OPAQUE_XWHITEOUTS: Final = b"x"
 OPAQUE_NAMES: Final = (TRUSTED + OPAQUE, USER + OPAQUE, b"user.fuseoverlayfs.opaque")
 WHITEOUT_NAMES: Final = (TRUSTED + WHITEOUT, USER + WHITEOUT)
 ORIGIN_NAMES: Final = (TRUSTED + ORIGIN, USER + ORIGIN)
+IMPURE_NAMES: Final = (TRUSTED + IMPURE, USER + IMPURE)
+REDIRECT_NAMES: Final = (TRUSTED + REDIRECT, USER + REDIRECT)
 
 #: AUFS and OCI whiteouts: an entry with this prefix hides the rest of its name in the layers below.
 WH: Final = b".wh."
@@ -75,10 +80,15 @@ def wh_name(name: bytes) -> bytes:
 
 
 class Marks(NamedTuple):
-    """What the xattrs of a directory of a layer say: `opaque`, hides the layers below; `xwhiteouts`, see format."""
+    """What the xattrs of a directory of a layer say.
+
+    `opaque`: it hides the layers below. `xwhiteouts`: it may hold xattr whiteouts. `redirect`: what it is called in the
+    layers below, None for its own name.
+    """
 
     opaque: bool
     xwhiteouts: bool
+    redirect: Redirect | None = None
 
 
 NO_MARKS: Final = Marks(opaque=False, xwhiteouts=False)
@@ -88,6 +98,29 @@ def marks(values: Collection[bytes]) -> Marks:
     """Decode the values of a directory's opaque attributes; only the first byte counts, as in fuse-overlayfs."""
     firsts = {value[:1] for value in values}
     return Marks(opaque=OPAQUE_YES in firsts, xwhiteouts=OPAQUE_XWHITEOUTS in firsts)
+
+
+class Redirect(NamedTuple):
+    """Where a directory continues in the layers below (ovl.rst, "redirect_dir").
+
+    One name beside its own if not `absolute`; else names from the root of the union of those layers.
+    """
+
+    absolute: bool
+    names: tuple[bytes, ...]
+
+    def encode(self) -> bytes:
+        """The value of the xattr."""
+        return b"/" + b"/".join(self.names) if self.absolute else self.names[0]
+
+
+def decode_redirect(value: bytes) -> Redirect:
+    """Decode a redirect xattr; EINVAL for one that could lead anywhere else than beneath a layer's root."""
+    absolute = value.startswith(b"/")
+    names = tuple(value[1:].split(b"/")) if absolute else (value,)
+    if any(not name or b"/" in name or b"\0" in name or name in (b".", b"..") for name in names):
+        raise OSError(errno.EINVAL, "invalid redirect in a layer", os.fsdecode(value))
+    return Redirect(absolute, names)
 
 
 def is_internal(name: bytes) -> bool:

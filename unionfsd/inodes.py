@@ -16,7 +16,8 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
-from .fdcache import Holder
+from .fdcache import FdCache, Holder
+from .format import Redirect
 from .layers import LowerDir
 from .listing import Listing, LowerNames
 from .steps import Gate
@@ -30,17 +31,18 @@ class Entry:
 
     `upper`: it is in the upper, under the very path it has in the union. `lowers`: for a directory, the lower
     directories merged into it, top first; for anything else, the one lower directory that holds it when it is not in
-    the upper, else nothing.
+    the upper, else nothing. `redirect`: what the upper directory is called in the lowers, None for its own name.
     """
 
-    __slots__ = ("lowers", "upper")
+    __slots__ = ("lowers", "redirect", "upper")
 
-    def __init__(self, upper: bool, lowers: tuple[LowerDir, ...]) -> None:
+    def __init__(self, upper: bool, lowers: tuple[LowerDir, ...], redirect: Redirect | None = None) -> None:
         self.upper = upper
         self.lowers = lowers
+        self.redirect = redirect
 
     def __repr__(self) -> str:
-        return f"Entry(upper={self.upper}, lowers={self.lowers})"
+        return f"Entry(upper={self.upper}, lowers={self.lowers}, redirect={self.redirect})"
 
 
 #: Of everything that is only in the upper.
@@ -147,8 +149,9 @@ class DirNode(Node):
 class NodeTable:
     """The nodes of one mount, by nodeid, by name and, where they have several names, by inode."""
 
-    def __init__(self, root: Entry, ino: int, dropped: Callable[[DirNode], None]) -> None:
-        """`dropped` is told of every directory that goes."""
+    def __init__(self, root: Entry, ino: int, fds: FdCache, dropped: Callable[[DirNode], None]) -> None:
+        """`fds` has their descriptors; `dropped` is told of every directory that goes."""
+        self._fds = fds
         self._dropped = dropped
         self.root = DirNode(ROOT_ID, None, b"", root, ino)
         self._nodes: dict[int, Node] = {ROOT_ID: self.root}
@@ -278,9 +281,7 @@ class NodeTable:
                 for parent, name in node.links.names:
                     _disown(parent, name)
                     parents.append(parent)
-            _release(node)
-            if isinstance(node, DirNode):
-                self._dropped(node)
+            self._release(node)
             for parent in parents[1:]:
                 self.settle(parent)
             if not parents:
@@ -290,7 +291,18 @@ class NodeTable:
     def close(self) -> None:
         """Close every descriptor that a node has."""
         for node in self._nodes.values():
-            _release(node)
+            self._release(node)
+
+    def _release(self, node: Node) -> None:
+        """Give up what only `node` has. Lower directories are made by a lookup, for one node."""
+        if isinstance(node, DirNode):
+            self._fds.forget(node.handle)
+            for lower in node.entry.lowers:
+                self._fds.forget(lower)
+            self._dropped(node)
+        if node.open is not None:
+            self._fds.forget(node.open)
+            node.open.orphan = None
 
 
 class Links:
@@ -323,12 +335,3 @@ def _in_use(node: Node) -> bool:
     if isinstance(node, DirNode):
         return node.children is not None
     return node.open is not None and (node.open.opens > 0 or node.open.gate is not None)
-
-
-def _release(node: Node) -> None:
-    if isinstance(node, DirNode):
-        node.handle.drop()
-    if node.open is not None:
-        node.open.drop()
-        if node.open.orphan is not None:
-            node.open.orphan.close()

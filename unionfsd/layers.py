@@ -56,6 +56,17 @@ class Layer:
                 self._uuid = bytes(16)
         return self._uuid
 
+    def stat_handle(self, kind: int, handle: bytes) -> os.stat_result | None:
+        """fstat of what a file handle means in the layer's file system; None when it means nothing here or to us."""
+        try:
+            with (
+                syscalls.reopen(self.root.fd, os.O_RDONLY | os.O_DIRECTORY) as mount,
+                syscalls.open_by_handle(mount.fd, kind, handle) as fd,
+            ):
+                return os.fstat(fd.fd)
+        except OSError:
+            return None
+
     def open_data(self, dirfd: int, name: bytes, *, write: bool = False) -> Fd:
         """fd for the data of the regular file `name`; EIO when something else has taken its place."""
         fd = self._open(dirfd, name, os.O_RDWR if write else os.O_RDONLY)
@@ -141,9 +152,12 @@ class LowerDir(Holder):
 
 def read_marks(dirfd: int) -> fmt.Marks:
     """Marks of the directory `dirfd` (O_PATH), from its xattrs and from ``.wh..wh..opq``."""
-    present = [name for name in xattr_names(dirfd) if name in fmt.OPAQUE_NAMES]
-    values = [value for name in present if (value := optional_xattr(dirfd, name)) is not None]
+    present = set(xattr_names(dirfd))
+    values = [syscalls.getxattr(dirfd, name) for name in fmt.OPAQUE_NAMES if name in present]
     marks = fmt.marks(values) if values else fmt.NO_MARKS
+    redirect = next((name for name in fmt.REDIRECT_NAMES if name in present), None)
+    if redirect is not None:
+        marks = marks._replace(redirect=fmt.decode_redirect(syscalls.getxattr(dirfd, redirect)))
     if not marks.opaque and exists(dirfd, fmt.WH_OPAQUE):
         marks = marks._replace(opaque=True)
     return marks

@@ -5,6 +5,8 @@ The rules (Documentation/filesystems/overlayfs.rst, fs/overlayfs/namei.c):
 - The upper decides first. A whiteout there, or a ``.wh.`` entry, hides the name in all lowers.
 - Then the lowers, top first. The first that has the name decides; a whiteout ends the search.
 - Directories merge down to the first that is opaque, and end at the first object that is not a directory.
+- A redirect of a directory says what it is called in the layers below: another name in the same directory, or a path
+  from the root of those layers. Names on that path are looked up by these same rules.
 - A directory of the upper has in the union the very path it has in the upper; a lower directory is a chain of names of
   its own, whatever the union calls it.
 
@@ -54,10 +56,13 @@ class Spot(NamedTuple):
 class Resolver:
     """Answers for one `LayerStack`; `fds` counts the directory descriptors it opens."""
 
-    def __init__(self, stack: LayerStack, fds: FdCache) -> None:
+    def __init__(self, stack: LayerStack, fds: FdCache, *, follow_redirects: bool) -> None:
+        self.follow_redirects = follow_redirects
         self.stack = stack
         self.fds = fds
         self.name_max = os.fstatvfs(stack.top.root.fd).f_namemax
+        #: The layer roots that are merged, top first: where absolute redirects start.
+        self._roots: tuple[LowerDir, ...] = ()
         self._kept: dict[DirNode, int] = {}
         self._kept_names = 0
 
@@ -65,9 +70,11 @@ class Resolver:
         """The root of the union: all layer roots, down to the first opaque one."""
         upper = self.stack.upper
         opaque = upper is not None and read_marks(upper.root.fd).opaque
-        lowers = () if opaque else self._until_opaque([layer.root_dir for layer in self.stack.lowers])
+        roots = () if opaque else tuple(layer.root_dir for layer in self.stack.lowers)
+        opaque_at = (depth for depth, root in enumerate(roots[:-1], 1) if root.marks(self.fds).opaque)
+        self._roots = roots[: next(opaque_at, len(roots))]
         st = os.fstat(self.stack.top.root.fd)
-        return Hit(Entry(upper is not None, lowers), st, self._dir_ino(lowers, st))
+        return Hit(Entry(upper is not None, self._roots), st, self._dir_ino(self._roots, st))
 
     # Where things are.
 
@@ -140,21 +147,42 @@ class Resolver:
 
     def _upper_hit(self, parent: DirNode, dirfd: int, name: bytes, st: os.stat_result) -> Hit | None:
         if stat.S_ISDIR(st.st_mode):
-            lowers = self._lowers_below(parent, dirfd, name)
-            return Hit(Entry(True, lowers) if lowers else UPPER, st, self._dir_ino(lowers, st))
+            entry = self._upper_dir_entry(parent, dirfd, name)
+            return Hit(entry, st, self._dir_ino(entry.lowers, st))
         if self.is_whiteout(parent, dirfd, name, st):
             return None
         return Hit(UPPER, st, self._leaf_ino(parent, dirfd, name, st))
 
-    def _lowers_below(self, parent: DirNode, dirfd: int, name: bytes) -> tuple[LowerDir, ...]:
-        """The lower directories under the upper directory `name`."""
-        if not parent.entry.lowers or name in self.hidden(parent):
-            return ()
-        found = self.find_lower(parent, name)
-        if found is None or not stat.S_ISDIR(found.st.st_mode):
-            return ()
+    def _upper_dir_entry(self, parent: DirNode, dirfd: int, name: bytes) -> Entry:
+        """What the upper directory `name` is merged with."""
+        if not self._roots:
+            return UPPER
         with syscalls.open_dir(dirfd, name) as fd:
-            return () if read_marks(fd.fd).opaque else found.entry.lowers
+            marks = read_marks(fd.fd)
+        if marks.opaque or (parent.entry.lowers and name in self.hidden(parent)):
+            return UPPER
+        if marks.redirect is not None:
+            lowers = self._follow(parent.entry.lowers, self._roots, marks.redirect)
+            return Entry(True, lowers, marks.redirect)
+        found = self.find_lower(parent, name) if parent.entry.lowers else None
+        return UPPER if found is None or not stat.S_ISDIR(found.st.st_mode) else Entry(True, found.entry.lowers)
+
+    def _follow(
+        self, beside: tuple[LowerDir, ...], roots: tuple[LowerDir, ...], redirect: fmt.Redirect
+    ) -> tuple[LowerDir, ...]:
+        """The directories that `redirect` means: relative to the directories `beside`, or from `roots`.
+
+        EPERM when redirects are not followed, as the kernel has it.
+        """
+        if not self.follow_redirects:
+            raise OSError(errno.EPERM, "redirect_dir=nofollow, but a layer has a redirect")
+        dirs = roots if redirect.absolute else beside
+        for name in redirect.names:
+            hit = self._probe_lowers(dirs, name)
+            if hit is None or not stat.S_ISDIR(hit.st.st_mode):
+                return ()
+            dirs = hit.entry.lowers
+        return dirs
 
     def is_whiteout(self, parent: DirNode, dirfd: int, name: bytes, st: os.stat_result) -> bool:
         """Whether the entry `name` of the upper directory `dirfd` of `parent` is a whiteout."""
@@ -185,7 +213,7 @@ class Resolver:
         if low is None:
             return None
         if low.type == DT_DIR:
-            return self._lower_dir_hit([parent.entry.lowers[i] for i in names.indices(name)], name)
+            return self._lower_dir_hit(parent.entry.lowers, list(names.indices(name)), name)
         return self._lower_leaf_hit(parent.entry.lowers[low.lower], name)
 
     def lower_has(self, parent: DirNode, name: bytes) -> bool:
@@ -201,34 +229,46 @@ class Resolver:
         st = syscalls.stat_at(lower.open(self.fds), name)
         return Hit(Entry(False, (lower,)), st, self.stack.ino(st))
 
-    def _lower_dir_hit(self, parents: list[LowerDir], name: bytes) -> Hit:
-        lowers = self._until_opaque([parent.child(name) for parent in parents])
+    def _lower_dir_hit(self, parents: tuple[LowerDir, ...], indices: list[int], name: bytes) -> Hit:
+        """The directory `name` of those of `parents` that have it, whose `indices` are given, top first."""
+        lowers: list[LowerDir] = []
+        for index in indices:
+            lower = parents[index].child(name)
+            lowers.append(lower)
+            if lower.layer is self.stack.lowers[-1]:
+                break  # nothing is below that its marks could speak of
+            marks = lower.marks(self.fds)
+            if marks.opaque:
+                break
+            if marks.redirect is not None:
+                lowers += self._follow(parents[index + 1 :], self._roots_below(lower), marks.redirect)
+                break
         st = os.fstat(lowers[0].open(self.fds))
-        return Hit(Entry(False, lowers), st, self.stack.ino(st))
+        return Hit(Entry(False, tuple(lowers)), st, self.stack.ino(st))
 
-    def _until_opaque(self, lowers: list[LowerDir]) -> tuple[LowerDir, ...]:
-        for depth, lower in enumerate(lowers[:-1], 1):
-            if lower.marks(self.fds).opaque:
-                return tuple(lowers[:depth])
-        return tuple(lowers)
+    def _roots_below(self, lower: LowerDir) -> tuple[LowerDir, ...]:
+        for index, root in enumerate(self._roots):
+            if root.layer is lower.layer:
+                return self._roots[index + 1 :]
+        return ()
 
     def _probe_lowers(self, lowers: tuple[LowerDir, ...], name: bytes) -> Hit | None:
         """`find_lower` by asking each layer."""
-        parents: list[LowerDir] = []
-        for lower in lowers:
+        indices: list[int] = []
+        for index, lower in enumerate(lowers):
             dirfd = lower.open(self.fds)
             st = stat_or_none(dirfd, name)
             if st is not None:
                 if is_whiteout(dirfd, name, st, xwhiteouts=lower.marks(self.fds).xwhiteouts):
                     break
                 if not stat.S_ISDIR(st.st_mode):
-                    if parents:
+                    if indices:
                         break
                     return Hit(Entry(False, (lower,)), st, self.stack.ino(st))
-                parents.append(lower)
+                indices.append(index)
             if exists(dirfd, fmt.wh_name(name)):
                 break
-        return self._lower_dir_hit(parents, name) if parents else None
+        return self._lower_dir_hit(lowers, indices, name) if indices else None
 
     # Inode numbers.
 
@@ -237,26 +277,46 @@ class Resolver:
         return self.stack.ino(os.fstat(lowers[0].open(self.fds)) if lowers else st)
 
     def _leaf_ino(self, parent: DirNode, dirfd: int, name: bytes, st: os.stat_result) -> int:
-        """A copied-up object keeps the number of the lower it came from, if that still lies under the same name."""
-        if parent.entry.lowers and st.st_nlink == 1 and self.lower_has(parent, name):
-            below = self.find_lower(parent, name)
-            if below is not None and self._came_from(dirfd, name, below):
-                return below.ino
+        """A copied-up object keeps the number of the lower it came from.
+
+        One with several names does not: the names of the lower that were not copied up have that number.
+        """
+        if st.st_nlink == 1 and self._roots and (self.impure(parent) or self.lower_has(parent, name)):
+            with syscalls.open_object(dirfd, name) as fd:
+                values = (optional_xattr(fd.fd, attr) for attr in fmt.ORIGIN_NAMES)
+                origin = next((fmt.decode_origin(value) for value in values if value), None)
+            if origin is not None:
+                was = self._origin_at(parent, name, origin) or self._origin_by_handle(origin)
+                if was is not None and was.st_nlink == 1 and stat.S_IFMT(was.st_mode) == stat.S_IFMT(st.st_mode):
+                    return self.stack.ino(was)
         return self.stack.ino(st)
 
-    def _came_from(self, dirfd: int, name: bytes, below: Hit) -> bool:
-        if stat.S_ISDIR(below.st.st_mode):
-            return False
-        with syscalls.open_object(dirfd, name) as fd:
-            values = (optional_xattr(fd.fd, attr) for attr in fmt.ORIGIN_NAMES)
-            origin = next((fmt.decode_origin(value) for value in values if value), None)
-        lower = below.entry.lowers[0]
-        if origin is None or origin.uuid != lower.layer.uuid:
-            return False
+    def _origin_at(self, parent: DirNode, name: bytes, origin: fmt.Origin) -> os.stat_result | None:
+        """The object that `origin` means if it lies under `name` in a lower of `parent`, where most do."""
+        below = self.find_lower(parent, name) if parent.entry.lowers else None
+        if below is None or below.entry.lowers[0].layer.uuid != origin.uuid:
+            return None
         try:
-            return syscalls.file_handle(lower.open(self.fds), name) == (origin.kind, origin.handle)
+            handle = syscalls.file_handle(below.entry.lowers[0].open(self.fds), name)
         except OSError:
-            return False
+            return None
+        return below.st if handle == (origin.kind, origin.handle) else None
+
+    def _origin_by_handle(self, origin: fmt.Origin) -> os.stat_result | None:
+        """The object that `origin` means, wherever in a lower; None without CAP_DAC_READ_SEARCH, or when it is gone."""
+        for layer in self.stack.lowers:
+            if layer.uuid == origin.uuid:
+                st = layer.stat_handle(origin.kind, origin.handle)
+                if st is not None:
+                    return st
+        return None
+
+    def impure(self, node: DirNode) -> bool:
+        """Whether the upper directory of `node` says that it holds copied-up objects."""
+        if node.impure is None:
+            fd = self.upper_dir(node)
+            node.impure = any(optional_xattr(fd, attr) is not None for attr in fmt.IMPURE_NAMES)
+        return node.impure
 
     # Directories as a whole.
 
@@ -304,10 +364,12 @@ class Resolver:
         """Rows of a listing, with the inode numbers that stat shows."""
         lowers = self.lower_names(node, read=True)
         known = node.children or {}
-        for name, ino, kind in merge(self._read_upper(node), lowers):
+        upper = self._read_upper(node)
+        impure = upper is not None and self.impure(node)
+        for name, ino, kind in merge(upper, lowers):
             if name in known:
                 yield name, known[name].ino, kind
-            elif node.entry.upper and lowers is not None and name in lowers.names:
+            elif upper is not None and name in upper.names and (impure or (lowers and name in lowers.names)):
                 hit = self.find(node, name)
                 yield name, ino if hit is None else hit.ino, kind
             else:

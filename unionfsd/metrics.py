@@ -29,6 +29,18 @@ class Statistics:
     """Best-effort steps of copy-ups that failed: an origin or impure mark, or putting the parent's times back."""
 
 
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """What one mount held at a moment."""
+
+    nodes: int
+    """Objects the kernel knows, and their parents."""
+    cached_fds: int
+    """Descriptors that may be closed when they get too many."""
+    fd_limit: int
+    """How many of those there may be."""
+
+
 @dataclass(slots=True)
 class Counters:
     """The running counts behind `Statistics`."""

@@ -403,6 +403,18 @@ def file_handle(dirfd: int, name: bytes) -> tuple[int, bytes]:
     return kind, buf.raw[8 : 8 + size]
 
 
+def open_by_handle(mount_fd: int, kind: int, handle: bytes) -> Fd:
+    """O_PATH fd of what a file handle means in the file system of `mount_fd` (not O_PATH).
+
+    open_by_handle_at(2); EPERM without CAP_DAC_READ_SEARCH, ESTALE when the object is gone.
+    """
+    packed = struct.pack("=Ii", len(handle), kind) + handle
+    fd = _libc.open_by_handle_at(mount_fd, packed, os.O_PATH | os.O_CLOEXEC)
+    if fd < 0:
+        raise _error()
+    return Fd(fd)
+
+
 def fs_uuid(fd: int) -> bytes:
     """The 16 bytes of the UUID of the file system of `fd` (readable); ENOTTY before Linux 6.9 or where it has none."""
     buf = bytearray(17)

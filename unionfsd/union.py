@@ -29,11 +29,13 @@ from .inodes import ROOT_ID, DirNode, Node, NodeTable, child
 from .layers import LayerStack, open_stack
 from .listing import Dirent
 from .lookup import Hit, Resolver
-from .metrics import Counters, Statistics
-from .mutations import Caller, Mutations, fail
+from .metrics import Counters, Holdings, Statistics
+from .mutations import Caller, Mutations
 from .options import MountConfig
+from .places import Places, fail
+from .renames import Renames
 from .steps import Blocking, Op
-from .workdir import Workdir, open_workdir
+from .workdir import Abilities, Workdir, open_workdir
 
 __all__ = ["ROOT_ID", "Attr", "Caller", "Dirent", "Found", "SetAttr", "StatLike", "Union"]
 
@@ -63,13 +65,16 @@ class Union:
         self.stack = stack
         self._work = work
         self._fds = FdCache(_fd_budget())
-        self._resolver = Resolver(stack, self._fds)
+        self._resolver = Resolver(stack, self._fds, follow_redirects=config.redirect_dir != "nofollow")
         root = self._resolver.root()
-        self._table = NodeTable(root.entry, root.ino, self._resolver.released)
+        self._table = NodeTable(root.entry, root.ino, self._fds, self._resolver.released)
         copy_up = None if work is None else CopyUp(self._resolver, work, self._fds, self.counters)
         self._mutations = None
         if work is not None and copy_up is not None:
-            self._mutations = Mutations(self._resolver, self._table, work, copy_up)
+            places = Places(self._resolver, work, copy_up)
+            redirects = config.redirect_dir == "on" and work.abilities.namespace is not None
+            self._mutations = Mutations(self._resolver, self._table, work, copy_up, places)
+            self._renames = Renames(self._resolver, self._table, work, copy_up, places, redirects=redirects)
         self._handles = Handles(self._resolver, self._table, self._fds, copy_up, volatile=config.volatile)
         self._attributes = Attributes(self._resolver, self._handles, copy_up, Owner(config.uid, config.gid))
 
@@ -164,7 +169,8 @@ class Union:
     def rename(self, parent: int, name: bytes, newparent: int, newname: bytes, flags: int) -> Op[None]:
         """renameat2(2) with RENAME_NOREPLACE or RENAME_EXCHANGE."""
         source, target = self._table.directory(parent), self._table.directory(newparent)
-        yield from self._change().rename(source, name, target, newname, flags)
+        self._change()
+        yield from self._renames.rename(source, name, target, newname, flags)
 
     def create(self, parent: int, name: bytes, mode: int, flags: int, caller: Caller) -> Op[Found]:
         """open(2) with O_CREAT: create the file unless it is there and O_EXCL is not asked for; counts an open."""
@@ -323,8 +329,22 @@ class Union:
         self.stack.close()
 
     def statistics(self) -> Statistics:
-        """What the mount did so far, and what it holds now."""
+        """What the mount did so far."""
         return self.counters.statistics()
+
+    def holdings(self) -> Holdings:
+        """What the mount holds now."""
+        return Holdings(nodes=len(self._table), cached_fds=len(self._fds), fd_limit=self._fds.capacity)
+
+    @property
+    def abilities(self) -> Abilities | None:
+        """What the upper can do; None when nothing can be written."""
+        return None if self._work is None else self._work.abilities
+
+    def reader(self) -> Resolver:
+        """A resolver for one thread: it shares with the mount's own only the layers' roots, open until `close`."""
+        stack = LayerStack(self.stack.lowers, self.stack.upper, None, ())
+        return Resolver(stack, FdCache(FdCache.MINIMUM), follow_redirects=self._resolver.follow_redirects)
 
 
 def _fd_budget() -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import Layers, Mount, MountFactory, as_user, in_child
+from tests.harness import Layers, Mode, Mount, MountFactory, as_user, in_child
 from tests.trees import CAPABILITY, KINDS, capability, describe, errno_of, make
 
 #: Times that no file system we care about rounds: before 1970, in it, and past 32 bits.
@@ -220,10 +220,6 @@ def _chown(path: Path) -> None:
     os.chown(path, 3, 4)
 
 
-def _chown_to_none(path: Path) -> None:
-    os.chown(path, -1, -1)
-
-
 def _truncate(path: Path) -> None:
     os.truncate(path, 1)
 
@@ -238,7 +234,6 @@ STRIPPING = {
     "truncate": _truncate,
     "open-truncated": _open_truncated,
     "chown": _chown,
-    "chown-to-none": _chown_to_none,
 }
 
 
@@ -265,3 +260,20 @@ def test_privileges_are_dropped_as_on_a_plain_directory(
     mount.remount()
     facts = describe(mount / "x")
     assert (facts["mode"], facts["xattrs"]) == outcomes[0][1:4:2]
+
+
+@pytest.mark.parametrize("who", ["root", "user"])
+def test_a_chown_to_nobody_drops_privileges(
+    who: str, mode: Mode, layers: Layers, plain: Path, mounted: MountFactory
+) -> None:
+    """chown(path, -1, -1). Over the channel it changes nothing: the kernel leaves it to the daemon to take setuid off
+    (FUSE_HANDLE_KILLPRIV_V2), but the request it sends asks for nothing at all."""
+    for directory in (layers.lower, plain):
+        privileged(directory)
+    mount = mounted()
+    run_by = as_user if who == "user" else in_child
+    expected, found = (
+        (run_by(partial(errno_of, os.chown, path, -1, -1)), describe(path)["mode"])
+        for path in (plain / "x", mount / "x")
+    )
+    assert found == (("ok", "0o6777") if mode.transport == "channel" else expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import os
 import re
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import Daemon, Layers, in_child
+from tests.harness import Daemon, Layers, in_child, run, wait_for
+from tests.trees import errno_of
 
 CHANNEL = ["transport=channel", "io=cached"]
 
@@ -173,6 +175,88 @@ def _punch(fd: int, offset: int, length: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.fallocate(fd, 3, ctypes.c_long(offset), ctypes.c_long(length)):
         raise OSError(ctypes.get_errno(), "fallocate")
+
+
+@pytest.mark.parametrize("where", ["lower", "upper"])
+def test_the_time_of_birth_is_known(where: str, traced: Daemon) -> None:
+    path = traced / "d/file" if where == "lower" else traced / "new"
+    if where == "upper":
+        path.touch()
+    layer = traced.layers.lower if where == "lower" else traced.layers.upper
+    assert _birth(path) == _birth(layer / path.relative_to(traced.path)) > 0
+    assert messages(traced)["STATX"] == 1
+
+
+def _birth(path: Path) -> float:
+    return float(run("stat", "-c", "%.9W", path))
+
+
+def test_inode_flags_can_be_read_and_set(traced: Daemon) -> None:
+    """Through FUSE's own calls for them (chattr, lsattr), from which the kernel makes ioctls."""
+    path = traced / "d/file"
+    assert "A" not in _flags(path)
+    assert not (traced.layers.upper / "d").exists()
+    run("chattr", "+A", path)
+    assert "A" in _flags(path)
+    assert "A" in _flags(traced.layers.upper / "d/file")
+    run("chattr", "-A", path)
+    assert "A" not in _flags(path)
+    assert run("lsattr", "-d", traced / "d").endswith("d\n")
+
+
+def _flags(path: Path) -> str:
+    return run("lsattr", path).split()[0]
+
+
+def test_ioctls_are_answered_as_by_the_layer(traced: Daemon) -> None:
+    for name in ("d/file", "d"):
+        path, below = traced / name, traced.layers.lower / name
+        for command, size in ((0x80087601, 8), (0x801C581F, 28)):  # FS_IOC_GETVERSION, FS_IOC_FSGETXATTR
+            assert _ioctl(path, command, bytes(size)) == _ioctl(below, command, bytes(size))
+        assert errno_of(_ioctl, path, 0x80045430, bytes(4)) == "ENOTTY"  # TIOCGPTN
+        assert errno_of(_ioctl, path, 0x40087602, bytes(8)) == "ENOTTY"  # FS_IOC_SETVERSION
+
+
+def _ioctl(path: Path, command: int, argument: bytes) -> bytes:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return fcntl.ioctl(fd, command, argument)
+    finally:
+        os.close(fd)
+
+
+def test_a_file_without_a_name_can_be_given_one(traced: Daemon) -> None:
+    """O_TMPFILE, in a directory of a lower; then a link from /proc, as open(2) shows it."""
+    fd = os.open(traced / "d", os.O_TMPFILE | os.O_RDWR, 0o640)
+    try:
+        os.write(fd, b"content")
+        assert (os.fstat(fd).st_nlink, os.fstat(fd).st_size) == (0, 7)
+        assert os.listdir(traced / "d") == ["file"]
+        _name(fd, traced / "d/named")
+        os.write(fd, b" and more")
+        assert os.fstat(fd).st_nlink == 1
+        assert (traced / "d/named").read_bytes() == b"content and more"
+        assert os.path.samestat(os.fstat(fd), os.stat(traced / "d/named"))
+    finally:
+        os.close(fd)
+    assert (traced.layers.upper / "d/named").read_bytes() == b"content and more"
+    assert messages(traced)["TMPFILE"] == 1
+
+
+def _name(fd: int, path: Path) -> None:
+    # With a directory given, os.link is linkat(2), which can follow the link that /proc has.
+    os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd, follow_symlinks=True)
+
+
+def test_a_file_that_never_had_a_name_is_gone_when_it_is_closed(traced: Daemon) -> None:
+    before = traced.fds()
+    for _ in range(20):
+        fd = os.open(traced.path, os.O_TMPFILE | os.O_RDWR | os.O_EXCL)
+        os.write(fd, b"x")
+        assert errno_of(_name, fd, traced / "named") == "ENOENT"
+        os.close(fd)
+    wait_for(lambda: traced.fds() <= before + 3, "descriptors of closed files stay open")
+    assert os.listdir(traced.path) == ["d"]
 
 
 def test_a_copy_within_the_mount_needs_no_data_of_the_caller(traced: Daemon) -> None:

@@ -31,9 +31,9 @@ def test_a_dead_daemon_leaves_a_union_that_mounts_again(layers: Layers, daemon: 
     expected = snapshot(mount.path)
     fd = os.open(mount / "d/f3", os.O_RDWR)
     mount.kill()
-    assert errno_of(os.pread, fd, 4096, 1 << 20) in ("ENOTCONN", "ECONNABORTED")
+    assert errno_of(os.fchmod, fd, 0o600) == "ENOTCONN"
     os.close(fd)
-    assert errno_of(os.stat, mount / "d/f4") == "ENOTCONN"
+    assert errno_of(os.stat, mount / "d/not asked for before") == "ENOTCONN"
     mount.detach()
     again = daemon()
     assert differences(expected, snapshot(again.path)) == []
@@ -52,7 +52,7 @@ def test_a_daemon_killed_while_it_copies_up_loses_nothing(layers: Layers, daemon
             os.chmod(mount / "big", 0o600)
         finally:
             os._exit(0)
-    wait_for(lambda: litter(layers.work) != [], "the copy is not staged")
+    wait_for(lambda: mount.written() > 50 << 20, "the copy does not begin")
     mount.kill()
     os.waitpid(pid, 0)
     mount.detach()

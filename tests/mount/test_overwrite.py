@@ -165,7 +165,8 @@ def test_content_is_what_was_written(
     mount.remount()
     for name, data in expected.items():
         assert (mount / name).read_bytes() == data, name
-        assert (layers.upper / name).read_bytes() == data, name
+        if data != content(cases[name][0], cases[name][0]):
+            assert (layers.upper / name).read_bytes() == data, name
 
 
 def _drop_pages(path: Path) -> None:

@@ -280,20 +280,9 @@ class Client:
         self._setattr(self._follow(path), SetAttr(mode=mode))
 
     def chown(self, path: Path, uid: int, gid: int) -> None:
-        dentry = self._walk(path)
-        change = SetAttr(
-            uid=None if uid == -1 else uid, gid=None if gid == -1 else gid, mode=self._unprivileged(dentry)
-        )
-        if change != SetAttr():
-            self._setattr(dentry, change)
-
-    def _unprivileged(self, dentry: Dentry) -> int | None:
-        """The mode that fuse_setattr sends along with a change of owner, where that takes suid and sgid bits away."""
-        mode = self.union.getattr(dentry.nodeid).st.st_mode
-        kept = mode & ~stat.S_ISUID
-        if mode & (stat.S_ISGID | stat.S_IXGRP) == stat.S_ISGID | stat.S_IXGRP:
-            kept &= ~stat.S_ISGID
-        return None if kept == mode or dentry.kind == stat.S_IFDIR else kept
+        # With HANDLE_KILLPRIV_V2 a chown(2) that changes neither arrives empty, and still takes suid and sgid away.
+        change = SetAttr(uid=None if uid == -1 else uid, gid=None if gid == -1 else gid)
+        self._setattr(self._walk(path), change)
 
     def utimens(self, path: Path, atime_ns: int, mtime_ns: int) -> None:
         self._setattr(self._walk(path), SetAttr(atime_ns=atime_ns, mtime_ns=mtime_ns))

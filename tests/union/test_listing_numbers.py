@@ -14,6 +14,7 @@ from tests.union.trees import directory
 from unionfsd import steps
 from unionfsd.union import SetAttr, Union
 
+
 def replace(fs: Client) -> None:
     fs.unlink((b"n",))
     fs.create((b"n",), 0o600)

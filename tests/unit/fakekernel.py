@@ -144,7 +144,7 @@ class FakeUnion:
         self._note("op", *args)
         yield from ()
 
-    rename = open = flush = fsync = fsyncdir = setxattr = removexattr = fallocate = _nothing
+    rename = open = flush = fsync = fsyncdir = setxattr = removexattr = fallocate = syncfs = _nothing
 
     def release(self, nodeid: int) -> None:
         self._note("release", nodeid)
@@ -182,6 +182,14 @@ class FakeUnion:
 
     def listxattr(self, nodeid: int) -> list[bytes]:
         return [b"user.a", b"user.b"]
+
+    def birth_time(self, nodeid: int) -> int | None:
+        return 70
+
+    def ioctl(self, nodeid: int, command: int, data: bytes) -> Op[bytes]:
+        self._note("ioctl", nodeid, command, data)
+        yield from ()
+        return b"flag"
 
     def statfs(self, nodeid: int) -> os.statvfs_result:
         return os.statvfs_result((4096, 512, 1000, 900, 800, 70, 60, 50, 0, 255))

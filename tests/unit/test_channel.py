@@ -228,6 +228,21 @@ def _with_mode(st: Any, mode: int) -> Any:
     return type(st)((mode, *st[1:]))
 
 
+async def test_an_ioctl_goes_with_its_argument_and_comes_with_its_answer(union: FakeUnion) -> None:
+    async with served(union) as kernel:
+        reply = await kernel.call(Opcode.IOCTL, wire.IOCTL_IN.pack(0, 0, 77, 0, 3, 4) + b"arg", nodeid=8)
+        assert (await kernel.call(Opcode.IOCTL, wire.IOCTL_IN.pack(0, 0, 77, 0, 9, 4) + b"arg")).error == errno.EIO
+    assert reply.payload == wire.IOCTL_OUT.pack(0, 0, 0, 0) + b"flag"
+    assert union.calls == [("ioctl", 8, 77, b"arg")]
+
+
+async def test_statx_says_when_an_object_was_made(union: FakeUnion) -> None:
+    async with served(union) as kernel:
+        reply = await kernel.call(Opcode.STATX, wire.STATX_IN.pack(0, 0, 0, 0xFFF))
+    found = wire.STATX_OUT.unpack(reply.payload)
+    assert (found[3], found[9], found[10], found[17]) == (0xFFF, 0o100644, 77, 70)
+
+
 # --- listings --------------------------------------------------------------------------------------------------------
 
 

@@ -145,9 +145,7 @@ XATTRS = [b"%soverlay.%s" % (depth, name) for depth in (b"", b"overlay.") for na
 
 
 @pytest.mark.parametrize(("namespace", "option"), [(b"trusted.", "xattr"), (b"user.", "userxattr")])
-def test_the_kernel_escapes_the_same(
-    namespace: bytes, option: str, layers: Layers, overlayfs: MountFactory
-) -> None:
+def test_the_kernel_escapes_the_same(namespace: bytes, option: str, layers: Layers, overlayfs: MountFactory) -> None:
     """Set through overlayfs and found in its upper; put into a lower and listed through overlayfs."""
     names = [namespace + name for name in XATTRS]
     (layers.lower / "seen").mkdir()

@@ -16,7 +16,9 @@ def failing() -> None:
 
 def test_the_result_of_a_step_goes_back_in() -> None:
     def inner() -> Op[int]:
-        return (yield Blocking(lambda: 1)) + (yield Blocking(lambda: 2))
+        first: int = yield Blocking(lambda: 1)
+        second: int = yield Blocking(lambda: 2)
+        return first + second
 
     def outer() -> Op[list[int]]:
         first = yield from inner()
@@ -41,7 +43,8 @@ def test_what_a_step_raises_is_raised_at_its_yield() -> None:
             yield Blocking(failing)
         except OSError as exc:
             seen.append(exc.errno)
-        return (yield Blocking(lambda: "went on"))
+        result: str = yield Blocking(lambda: "went on")
+        return result
 
     assert steps.run(op()) == "went on"
     assert seen == [errno.ENOSPC]

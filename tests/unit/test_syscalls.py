@@ -22,7 +22,19 @@ PACKAGE = Path(syscalls.__file__).parent
 #: Functions of `os` that change a file system, by whatever name.
 CHANGING = {
     *("rename", "renames", "replace", "link", "symlink", "mkdir", "makedirs", "mknod", "mkfifo", "unlink", "remove"),
-    *("rmdir", "removedirs", "truncate", "ftruncate", "chmod", "fchmod", "lchmod", "chown", "fchown", "lchown", "utime"),
+    *(
+        "rmdir",
+        "removedirs",
+        "truncate",
+        "ftruncate",
+        "chmod",
+        "fchmod",
+        "lchmod",
+        "chown",
+        "fchown",
+        "lchown",
+        "utime",
+    ),
     *("setxattr", "removexattr", "pwrite", "pwritev", "posix_fallocate", "copy_file_range", "sendfile", "splice"),
     *("fsync", "fdatasync", "sync"),
 }
@@ -49,13 +61,11 @@ def test_the_seam_names_functions(name: str) -> None:
     assert callable(getattr(syscalls, name))
 
 
-@pytest.mark.parametrize("module", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_nothing_goes_around_the_seam(module: Path) -> None:
-    """No module but this one changes a file system by itself, and none keeps a seam function under another name."""
-    if module.name == "syscalls.py":
-        return
+@pytest.mark.parametrize("name", sorted(path.name for path in PACKAGE.glob("*.py") if path.name != "syscalls.py"))
+def test_nothing_goes_around_the_seam(name: str) -> None:
+    """The core changes no file system by itself, and no module keeps a function of the seam under another name."""
     found = []
-    for node in ast.walk(ast.parse(module.read_text())):
+    for node in ast.walk(ast.parse((PACKAGE / name).read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").endswith("syscalls"):
             found += [alias.name for alias in node.names if alias.name in syscalls.MUTATING]
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os":
@@ -68,14 +78,10 @@ def test_nothing_goes_around_the_seam(module: Path) -> None:
 
 @given(st.binary(max_size=10))
 def test_a_component_is_one_step_down(name: bytes) -> None:
-    try:
-        assert syscalls.component(name) == name
-    except OSError as exc:
-        assert exc.errno == (errno.EINVAL if name else errno.ENOENT)
-        assert name in (b"", b".", b"..") or b"/" in name or b"\0" in name
+    if name in (b"", b".", b"..") or set(name) & set(b"/\0"):
+        assert errno_of(lambda: syscalls.component(name)) == (errno.EINVAL if name else errno.ENOENT)
     else:
-        assert name not in (b"", b".", b"..")
-        assert not set(name) & set(b"/\0")
+        assert syscalls.component(name) == name
 
 
 BY_NAME: dict[str, Callable[[int, bytes], object]] = {
@@ -188,7 +194,11 @@ def test_a_symlink_is_an_object_like_any_other(directory: Fd, disk: Path) -> Non
 # Times.
 
 
-@given(st.integers(-(2**31) * 10**9, 2**33 * 10**9), st.integers(-(2**31) * 10**9, 2**33 * 10**9))
+#: What ext4 can keep, but for its very first second.
+_times = st.integers(-(2**31 - 1) * 10**9, 2**33 * 10**9)
+
+
+@given(_times, _times)
 def test_times_are_exact(atime_ns: int, mtime_ns: int) -> None:
     with Fd(os.open(harness.DISK, os.O_TMPFILE | os.O_RDWR)) as fd:
         syscalls.utimens(fd.fd, atime_ns, mtime_ns)

@@ -178,10 +178,10 @@ def test_hostile_bytes_are_refused_and_nothing_worse(parse: Any, body: bytes) ->
 
 
 @st.composite
-def stats(draw: st.DrawFn) -> os.stat_result:
+def stats(draw: st.DrawFn, modes: st.SearchStrategy[int] = U32) -> os.stat_result:
     """stat results with members that disagree with each other as little or as much as they like."""
     times = [draw(NANOSECONDS) for _ in range(3)]
-    head = (draw(U32), 0, 0, 0, draw(U32), draw(U32), draw(st.integers(0, 2**63 - 1)), *(ns // 10**9 for ns in times))
+    head = (draw(modes), 0, 0, 0, draw(U32), draw(U32), draw(st.integers(0, 2**63 - 1)), *(ns // 10**9 for ns in times))
     more = {
         "st_atime_ns": times[0],
         "st_mtime_ns": times[1],
@@ -211,6 +211,27 @@ def test_attributes_lose_nothing(stat: os.stat_result, ino: int, nlink: int) -> 
     assert (a * 10**9 + ans, m * 10**9 + mns, c * 10**9 + cns) == (stat.st_atime_ns, stat.st_mtime_ns, stat.st_ctime_ns)
     assert max(ans, mns, cns) < 10**9
     assert rdev == stat.st_rdev
+
+
+@given(stat=stats(modes=st.integers(0, 2**16 - 1)), ino=U64, nlink=U32, birth=st.none() | NANOSECONDS)
+def test_statx_loses_nothing(stat: os.stat_result, ino: int, nlink: int, birth: int | None) -> None:
+    reply = wire.STATX_OUT.unpack(wire.statx(wire.Validity.of(3, 5), stat, ino, nlink, birth_ns=birth))
+    assert reply[:3] == (5, 0, 0)
+    assert reply[3] == 0x7FF | (0 if birth is None else 0x800)
+    assert reply[4:13] == (
+        stat.st_blksize,
+        0,
+        nlink,
+        stat.st_uid,
+        stat.st_gid,
+        stat.st_mode,
+        ino,
+        stat.st_size,
+        stat.st_blocks,
+    )
+    times = [seconds * 10**9 + ns for seconds, ns in zip(reply[14:22:2], reply[15:22:2], strict=True)]
+    assert times == [stat.st_atime_ns, birth or 0, stat.st_ctime_ns, stat.st_mtime_ns]
+    assert os.makedev(reply[22], reply[23]) == stat.st_rdev
 
 
 @given(major=st.integers(0, 2**12 - 1), minor=st.integers(0, 2**20 - 1))

@@ -48,6 +48,9 @@ _SHORT_SLICE: Final = 0.0002
 _BURST: Final = 32
 """Requests between two looks at the clock when they come faster than they are answered."""
 
+_WRITEBACK: Final = False
+"""Write-through: a write(2) whose copy-up finds no space fails, and leaves the view as it was. With the writeback cache
+the kernel learns of it at close(2) and keeps showing data and sizes that are nowhere."""
 _DEFECT: Final = "request failed with an unexpected error"
 _OUT: Final = wire.OUT_HEADER
 _OUT_SIZE: Final = wire.OUT_HEADER.size
@@ -81,7 +84,7 @@ class Channel:
         self._dirs = Dirs(self._exchange)
         self._handlers: list[Handler] = [self._unknown] * wire.OPCODES
         self._fill(self._names.table() | self._files.table() | self._dirs.table())
-        self._fill({Opcode.INIT: self._init, Opcode.DESTROY: _ok, Opcode.SYNCFS: _ok, Opcode.INTERRUPT: _silent})
+        self._fill({Opcode.INIT: self._init, Opcode.DESTROY: _ok, Opcode.INTERRUPT: _silent})
         self._nursery: trio.Nursery
         self._deferred = 0
         self._alone = Lingerer(fuse_fd)
@@ -277,6 +280,3 @@ def _silent(nodeid: int, end: int) -> None:
 def _wanted(config: MountConfig) -> negotiate.Wanted:
     """What this mount asks of the kernel. A timeout somebody set means that something else changes the layers."""
     return negotiate.Wanted(writeback=_WRITEBACK, sole_writer="timeout" not in config.explicit, handles=False)
-
-
-_WRITEBACK: Final = False

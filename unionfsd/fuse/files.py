@@ -7,7 +7,6 @@ opens and closes without a message, keeps its page cache across opens, and sends
 
 from __future__ import annotations
 
-import errno
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from unionfsd.fuse import abi, wire
@@ -24,6 +23,7 @@ T = TypeVar("T")
 
 _BODY: Final = wire.BODY
 _DATA: Final = wire.BODY + wire.WRITE_IN.size
+_ARGUMENT: Final = wire.BODY + wire.IOCTL_IN.size
 _ROOT: Final = 0
 
 
@@ -146,8 +146,16 @@ class Files:
         """The same where the request does not say whether the caller has CAP_FSETID: root is taken to have it."""
         return self._unprivileged(op, nodeid) if self._exchange.header[4] != _ROOT else op
 
-    def _ioctl(self, nodeid: int, end: int) -> Payload:
-        raise OSError(errno.ENOTTY, "no ioctl of that number")
+    def _ioctl(self, nodeid: int, end: int) -> Payload | None:
+        exchange = self._exchange
+        _, _, command, _, size, _ = wire.IOCTL_IN.unpack_from(exchange.buf, _BODY)
+        if size != end - _ARGUMENT:
+            raise wire.WireError(f"IOCTL of {size} bytes holds {end - _ARGUMENT}")
+        return exchange.start(self._union.ioctl(nodeid, command, exchange.buf[_ARGUMENT:end]), _ioctl_out)
+
+
+def _ioctl_out(answer: bytes) -> bytes:
+    return wire.IOCTL_OUT.pack(0, 0, 0, 0) + answer
 
 
 _COPY_MAX: Final = 0x7FFFF000

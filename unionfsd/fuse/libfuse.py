@@ -185,7 +185,7 @@ class _Operations(pyfuse3.Operations):
     ) -> Op[None]:
         yield from self._union.rename(parent, name, newparent, newname, flags)
 
-    # Data.
+    # Data. There is no flush: the union keeps nothing back, and the ENOSYS of the base class ends such requests.
 
     @_handler
     def create(
@@ -221,10 +221,6 @@ class _Operations(pyfuse3.Operations):
     @_handler
     def write(self, fh: int, off: int, buf: bytes) -> Op[int]:
         return (yield from self._union.write(fh, buf, off))
-
-    @_handler
-    def flush(self, fh: int) -> Op[None]:
-        yield from self._union.flush(fh)
 
     @_handler
     def fsync(self, fh: int, datasync: bool) -> Op[None]:
@@ -274,7 +270,8 @@ class _Operations(pyfuse3.Operations):
     def _list(self, directory: int, dirent: Dirent, token: pyfuse3.ReaddirToken) -> bool:
         """Add one entry and its node to the reply; False when the reply is full. Each added node is looked up once."""
         if dirent.name in (b".", b".."):  # the kernel takes no lookup for these
-            return pyfuse3.readdir_reply(token, dirent.name, self._dot(dirent), dirent.cookie)
+            nodeid = directory if dirent.name == b"." else self._union.parent(directory)
+            return pyfuse3.readdir_reply(token, dirent.name, _dot(nodeid), dirent.cookie)
         try:
             found = self._union.lookup(directory, dirent.name)
         except FileNotFoundError:
@@ -283,12 +280,6 @@ class _Operations(pyfuse3.Operations):
             return True
         self._union.forget(found.nodeid, 1)
         return False
-
-    def _dot(self, dirent: Dirent) -> pyfuse3.EntryAttributes:
-        entry = pyfuse3.EntryAttributes()
-        entry.st_ino = dirent.ino
-        entry.st_mode = stat.S_IFDIR
-        return entry
 
     def _absent(self) -> pyfuse3.EntryAttributes:
         """A name that does not exist, for the kernel to remember."""
@@ -319,6 +310,14 @@ class _Operations(pyfuse3.Operations):
         entry.st_mtime_ns = st.st_mtime_ns
         entry.st_ctime_ns = st.st_ctime_ns
         return entry
+
+
+def _dot(nodeid: int) -> pyfuse3.EntryAttributes:
+    """What a listing says of "." and "..": the number and that it is a directory."""
+    entry = pyfuse3.EntryAttributes()
+    entry.st_ino = nodeid
+    entry.st_mode = stat.S_IFDIR
+    return entry
 
 
 def _handle(nodeid: int) -> pyfuse3.FileInfo:

@@ -51,6 +51,7 @@ class Names:
             Opcode.BATCH_FORGET: self._batch_forget,
             Opcode.GETATTR: self._getattr,
             Opcode.SETATTR: self._setattr,
+            Opcode.STATX: self._statx,
             Opcode.READLINK: self._readlink,
             Opcode.SYMLINK: self._symlink,
             Opcode.MKNOD: self._mknod,
@@ -61,6 +62,7 @@ class Names:
             Opcode.RENAME2: self._rename2,
             Opcode.LINK: self._link,
             Opcode.STATFS: self._statfs,
+            Opcode.SYNCFS: self._syncfs,
             Opcode.SETXATTR: self._setxattr,
             Opcode.GETXATTR: self._getxattr,
             Opcode.LISTXATTR: self._listxattr,
@@ -135,10 +137,18 @@ class Names:
     def _statfs(self, nodeid: int, end: int) -> Payload:
         return wire.statfs(self._union.statfs(nodeid))
 
+    def _syncfs(self, nodeid: int, end: int) -> Payload | None:
+        return self._exchange.start(self._union.syncfs(), nothing)
+
     # --- attributes --------------------------------------------------------------------------------------------------
 
     def _getattr(self, nodeid: int, end: int) -> Payload:
         return self._exchange.attributes(self._union.getattr(nodeid))
+
+    def _statx(self, nodeid: int, end: int) -> Payload:
+        valid = self._exchange.valid
+        attributes = self._union.getattr(nodeid)
+        return wire.statx(valid, *attributes, birth_ns=self._union.birth_time(nodeid))
 
     def _setattr(self, nodeid: int, end: int) -> Payload | None:
         exchange = self._exchange

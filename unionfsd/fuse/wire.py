@@ -311,6 +311,38 @@ def attr(st: Stat, ino: int, nlink: int) -> Attr:
     )
 
 
+_STATX_BASIC: Final = 0x7FF
+_STATX_BTIME: Final = 0x800
+
+
+def statx(valid: Validity, st: Stat, ino: int, nlink: int, *, birth_ns: int | None) -> bytes:
+    """STATX_OUT of an object: `st` as in `attr`, and when it was made, in ns since the epoch, if that is known."""
+    return STATX_OUT.pack(
+        valid.attr_valid,
+        valid.attr_valid_nsec,
+        0,
+        _STATX_BASIC if birth_ns is None else _STATX_BASIC | _STATX_BTIME,
+        st.st_blksize,
+        0,
+        nlink,
+        st.st_uid,
+        st.st_gid,
+        st.st_mode,
+        ino,
+        st.st_size,
+        st.st_blocks,
+        0,
+        *divmod(st.st_atime_ns, _NS),
+        *divmod(birth_ns or 0, _NS),
+        *divmod(st.st_ctime_ns, _NS),
+        *divmod(st.st_mtime_ns, _NS),
+        os.major(st.st_rdev),
+        os.minor(st.st_rdev),
+        0,
+        0,
+    )
+
+
 class Validity(NamedTuple):
     """How long the kernel may believe a name and its attributes, in the order of ENTRY_OUT."""
 
@@ -332,16 +364,6 @@ def negative_entry(valid: Validity) -> bytes:
 
 
 _NO_ATTR: Final[Attr] = (0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-
-
-def dirent_room(length: int) -> int:
-    """Bytes that a fuse_dirent with a name of `length` takes: each starts on a multiple of 8."""
-    return (DIRENT.size + length + 7) & ~7
-
-
-def direntplus_room(length: int) -> int:
-    """Bytes that a fuse_direntplus with a name of `length` takes."""
-    return (DIRENTPLUS.size + length + 7) & ~7
 
 
 def statfs(result: os.statvfs_result) -> bytes:

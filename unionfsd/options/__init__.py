@@ -20,6 +20,7 @@ from unionfsd.options.table import FOREVER, OPTIONS, Draft, Nothing, Option, Ref
 from unionfsd.options.text import split_options, unquote
 
 Whiteout = Literal["auto", "chardev", "xattr", "wh"]
+RedirectDir = Literal["on", "follow", "nofollow", "off"]
 Transport = Literal["auto", "channel", "pyfuse3"]
 Io = Literal["auto", "cached", "passthrough"]
 
@@ -45,6 +46,7 @@ class MountConfig:
     whiteout: Whiteout = "auto"
     userxattr: bool | None = None
     """user.* instead of trusted.* for internal xattrs; None leaves it to what the layers allow."""
+    redirect_dir: RedirectDir = "on"
     timeout: float = FOREVER
     """Seconds the kernel may cache names (also absent ones) and attributes."""
     uid: int | None = None
@@ -59,6 +61,10 @@ class MountConfig:
     io: Io = "auto"
     debug: bool = False
     log: bytes | None = None
+    control: Literal["auto", "off"] | bytes = "auto"
+    """Where the control socket is."""
+    control_group: str | None = None
+    """A group that may use it, by name or number."""
     explicit: frozenset[str] = frozenset()
     """Names of the options that were given, so that a default can be told from a wish."""
     warnings: tuple[str, ...] = ()
@@ -131,6 +137,8 @@ class Parsed:
         for name in ("upperdir", "workdir", "log"):
             if name in fields:
                 fields[name] = os.path.join(cwd, fields[name])
+        if isinstance(fields.get("control"), bytes):
+            fields["control"] = os.path.join(cwd, fields["control"])
         fields["lowerdirs"] = tuple(os.path.join(cwd, path) for path in fields.get("lowerdirs", ()))
         warnings = (*self.warnings, *_check_layers(fields))
         return MountConfig(

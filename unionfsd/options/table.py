@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from unionfsd import syscalls
 from unionfsd.errors import UserError
-from unionfsd.options.text import one_of, read_id, read_lowers, read_path, read_seconds, read_text
+from unionfsd.options.text import one_of, read_control, read_id, read_lowers, read_path, read_seconds, read_text
 
 FOREVER: Final = 1e9
 """Seconds (31 years) that a kernel may cache what only this mount changes; what fuse-overlayfs gives, too."""
@@ -282,6 +282,20 @@ GROUPS: Final[tuple[tuple[str, tuple[Option, ...]], ...]] = (
             ),
             Option("debug", Word("debug", True), "Stay in the foreground and log everything, like `-d`."),
             Option(
+                "control",
+                Value("control", read_control),
+                "Where the socket for `unionfsctl` and other clients is, see control.md; `off` for none.",
+                "auto|off|PATH",
+                "auto",
+            ),
+            Option(
+                "control_group",
+                Value("control_group", read_text),
+                "The group, by name or number, whose members may use the control socket besides the mount's owner and "
+                "root.",
+                "GROUP",
+            ),
+            Option(
                 "log",
                 Value("log", read_path),
                 "Append the log to this file.",
@@ -295,10 +309,11 @@ GROUPS: Final[tuple[tuple[str, tuple[Option, ...]], ...]] = (
         (
             Option(
                 "redirect_dir",
-                Later(("off", "nofollow"), ("on", "follow")),
-                "Renaming of directories that have a lower part: EXDEV with `off`. The rest comes later.",
-                "off|nofollow|on|follow",
-                "off",
+                Value("redirect_dir", one_of("on", "follow", "nofollow", "off")),
+                "Renaming of directories that have a lower part. `on` records where they came from; the others make "
+                "such a rename EXDEV. What was recorded is followed, except with `nofollow`.",
+                "on|follow|nofollow|off",
+                "on",
             ),
             Option("metacopy", Later(("off",), ("on",)), "Copying metadata up without data.", "off|on", "off"),
             Option("index", Later(("off",), ("on",)), "Hard links that survive copy-up.", "off|on", "off"),

@@ -58,6 +58,11 @@ def read_path(text: str) -> bytes:
     return path
 
 
+def read_control(text: str) -> str | bytes:
+    """A path, or one of the words "auto" and "off"."""
+    return text if text in ("auto", "off") else read_path(text)
+
+
 def read_lowers(text: str) -> tuple[bytes, ...]:
     """Colon-separated paths."""
     pieces = split(text, ":")

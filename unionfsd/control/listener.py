@@ -1,0 +1,201 @@
+"""The listening end of a control socket: made before the mount answers, served later.
+
+Rules this file obeys:
+
+- Directories are opened before the mount is made, which may cover them: once there is a mount, finding the socket's
+  place must not ask it.
+- A socket appears under its name by a rename, already listening and with its mode, over what a dead mount left there.
+- A place that was asked for must do, or the mount is refused. One that was not is a convenience: without it the mount
+  lives without a socket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import stat
+from typing import Final
+
+from unionfsd.control import places
+from unionfsd.errors import BUSY, UserError, reason
+from unionfsd.options import MountConfig
+from unionfsd.syscalls import Fd, proc_path
+
+log = logging.getLogger(__name__)
+
+#: Clients that wait to be accepted; the kernel refuses more.
+_BACKLOG: Final = 16
+
+
+class Prepared:
+    """Where the socket will be: `directory` is the usual one, None when there is none, `wanted` one that was asked for.
+
+    `wanted` is (directory, file name, whole path). `gid` may use it besides the owner, None for nobody.
+    """
+
+    __slots__ = ("directory", "gid", "path", "wanted")
+
+    def __init__(
+        self, directory: Fd | None, path: bytes, wanted: tuple[Fd, bytes, bytes] | None, gid: int | None
+    ) -> None:
+        self.directory = directory
+        self.path = path
+        self.wanted = wanted
+        self.gid = gid
+
+    def listen(self, mount: int | None) -> Listener | None:
+        """Listen for clients of `mount`, the minor of its device; None when there can be no socket, which is logged."""
+        try:
+            return self._listen(mount)
+        except OSError as error:
+            log.warning("no control socket: %s", reason(error))
+            return None
+
+    def _listen(self, mount: int | None) -> Listener | None:
+        usual = None if mount is None or self.directory is None else places.name(mount)
+        if self.wanted is not None:
+            directory, filename, path = self.wanted
+            listener = _listen_at(directory, filename, path, self.gid)
+            if usual is not None and self.directory is not None:
+                with contextlib.suppress(OSError):
+                    _link(self.directory, usual, path)
+                    listener.also(self.directory, usual)
+            return listener
+        if usual is None or self.directory is None:
+            log.info("no control socket: the mount's number is not known")
+            return None
+        return _listen_at(self.directory, usual, os.path.join(self.path, usual), self.gid)
+
+
+class Listener:
+    """A listening socket and the names it has."""
+
+    __slots__ = ("_names", "gid", "path", "sock")
+
+    def __init__(self, sock: socket.socket, path: bytes, gid: int | None) -> None:
+        self.sock = sock
+        self.path = path
+        self.gid = gid
+        self._names: list[tuple[Fd, bytes, int]] = []
+
+    def also(self, directory: Fd, filename: bytes) -> None:
+        """Take `filename` away, too, when the socket is closed."""
+        self._names.append((directory, filename, _inode(directory, filename)))
+
+    def close(self) -> None:
+        """Stop listening and remove the names, unless somebody else has taken them meanwhile."""
+        self.sock.close()
+        for directory, filename, inode in self._names:
+            with contextlib.suppress(OSError):
+                if _inode(directory, filename) == inode:
+                    os.unlink(filename, dir_fd=directory.fd)
+        self._names.clear()
+
+
+def prepare(config: MountConfig) -> Prepared | None:
+    """Open the places for the socket of a mount that is about to be made; None when it is to have none.
+
+    UserError: what was asked for cannot be.
+    """
+    if config.control == "off":
+        return None
+    gid = None if config.control_group is None else _gid(config.control_group)
+    found = _usual_directory()
+    wanted = None if config.control == "auto" else _wanted(config.control)
+    if found is None and wanted is None:
+        log.info("no control socket: there is no directory for it, say where with control=PATH")
+        return None
+    directory, path = found or (None, b"")
+    return Prepared(directory, path, wanted, gid)
+
+
+def _wanted(path: bytes) -> tuple[Fd, bytes, bytes]:
+    directory, filename = os.path.split(path)
+    try:
+        fd = Fd(os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+    except OSError as error:
+        raise UserError(f"control={os.fsdecode(path)}: {reason(error)}", hint="name a file in a directory") from None
+    if not filename or filename in (b".", b".."):
+        raise UserError(f"control={os.fsdecode(path)}: no file name", hint="name a file that may be made")
+    _check_free(fd, filename, path)
+    return fd, filename, path
+
+
+def _check_free(directory: Fd, filename: bytes, path: bytes) -> None:
+    """A socket that nobody listens on may be replaced; anything else stays."""
+    try:
+        mode = os.stat(filename, dir_fd=directory.fd, follow_symlinks=False).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise UserError(f"control={os.fsdecode(path)}: exists and is no socket", hint="name another file")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client, contextlib.suppress(ConnectionRefusedError):
+        client.connect(proc_path(directory.fd) + b"/" + filename)
+        raise UserError(f"control={os.fsdecode(path)}: in use", hint="name another file", code=BUSY)
+
+
+def _gid(group: str) -> int:
+    if group.isascii() and group.isdigit():
+        return int(group)
+    import grp  # late: few ask for a group
+
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise UserError(f"control_group={group}: no such group", hint="name a group or its number") from None
+
+
+def _usual_directory() -> tuple[Fd, bytes] | None:
+    for path in places.own():
+        try:
+            return _private_directory(path), path
+        except OSError as error:
+            log.debug("no control socket in %s: %s", os.fsdecode(path), reason(error))
+    return None
+
+
+def _private_directory(path: bytes) -> Fd:
+    """The directory `path`, made if need be, where nobody but us can put anything."""
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o755 if path == places.SYSTEM else 0o700)
+    fd = Fd(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))
+    st = os.fstat(fd.fd)
+    if st.st_uid != os.geteuid() or st.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(1, "it belongs to somebody else, or others can write in it")
+    return fd
+
+
+def _listen_at(directory: Fd, filename: bytes, path: bytes, gid: int | None) -> Listener:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    try:
+        # Before it is bound: the file gets this mode, and is never there with another (net/unix/af_unix.c).
+        os.fchmod(sock.fileno(), 0o600 if gid is None else 0o660)
+        hidden = b".%s.%d" % (filename, os.getpid())
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(hidden, dir_fd=directory.fd)
+        # By way of the descriptor also because an address has room for 108 bytes only.
+        sock.bind(proc_path(directory.fd) + b"/" + hidden)
+        if gid is not None:
+            os.chown(hidden, -1, gid, dir_fd=directory.fd, follow_symlinks=False)
+        sock.listen(_BACKLOG)
+        os.rename(hidden, filename, src_dir_fd=directory.fd, dst_dir_fd=directory.fd)
+        listener = Listener(sock, path, gid)
+        listener.also(directory, filename)
+    except BaseException:
+        sock.close()
+        raise
+    return listener
+
+
+def _link(directory: Fd, filename: bytes, target: bytes) -> None:
+    hidden = b".%s.%d" % (filename, os.getpid())
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(hidden, dir_fd=directory.fd)
+    os.symlink(target, hidden, dir_fd=directory.fd)
+    os.rename(hidden, filename, src_dir_fd=directory.fd, dst_dir_fd=directory.fd)
+
+
+def _inode(directory: Fd, filename: bytes) -> int:
+    return os.stat(filename, dir_fd=directory.fd, follow_symlinks=False).st_ino

@@ -1,0 +1,378 @@
+"""The methods of the control socket: one table that drives the checks, ``rpc.discover`` and the documentation.
+
+A row says what a method takes and what it gives, as JSON Schema. The code behind it is the function of the same name in
+`methods`, with the same parameters; the tests hold both to this table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from unionfsd import __version__
+from unionfsd.control.protocol import ERRORS, INVALID_PARAMS, Json, RpcError
+
+Schema = dict[str, Any]
+
+STRING: Final[Schema] = {"type": "string"}
+INTEGER: Final[Schema] = {"type": "integer"}
+NUMBER: Final[Schema] = {"type": "number"}
+BOOLEAN: Final[Schema] = {"type": "boolean"}
+ANY: Final[Schema] = {}
+
+
+def optional(schema: Schema) -> Schema:
+    """The same, or null."""
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+def array(items: Schema) -> Schema:
+    return {"type": "array", "items": items}
+
+
+def words(*values: str) -> Schema:
+    return {"type": "string", "enum": list(values)}
+
+
+def record(**fields: Schema) -> Schema:
+    """An object with exactly these fields."""
+    return {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
+
+
+def mapping(values: Schema) -> Schema:
+    """An object with any fields, of one kind."""
+    return {"type": "object", "additionalProperties": values}
+
+
+# Parameters.
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """A parameter, by name. `read` makes a Python value of a JSON one, ValueError with the reason when it cannot."""
+
+    name: str
+    help: str
+    schema: Schema
+    read: Callable[[Json], Any]
+    default: Json = None
+    required: bool = False
+
+
+def _path(value: Json) -> bytes:
+    if not isinstance(value, str):
+        raise ValueError("not a string")
+    if "\0" in value:
+        raise ValueError("a NUL in it")
+    try:
+        return value.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise ValueError("not the name of a file") from None
+
+
+def _flag(value: Json) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("neither true nor false")
+    return value
+
+
+def _between(low: int, high: int) -> Callable[[Json], int]:
+    def read(value: Json) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ValueError(f"no integer from {low} to {high}")
+        return value
+
+    return read
+
+
+def _seconds(most: float) -> Callable[[Json], float]:
+    def read(value: Json) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+            raise ValueError("no positive number")
+        if value > most:
+            raise ValueError(f"more than {most:.0f}")
+        return float(value)
+
+    return read
+
+
+def _word(*values: str) -> Callable[[Json], str | None]:
+    def read(value: Json) -> str | None:
+        if value is not None and value not in values:
+            raise ValueError(f"not one of {', '.join(values)}")
+        word: str | None = value
+        return word
+
+    return read
+
+
+def _int(name: str, help: str, low: int, high: int, default: int) -> Param:
+    return Param(name, help, {"type": "integer", "minimum": low, "maximum": high}, _between(low, high), default)
+
+
+MAX_ITEMS: Final = 1_000_000
+LEVELS: Final = ("debug", "info", "warning", "error")
+
+_PATH: Final = Param("path", "A path from the root of the mount.", STRING, _path, required=True)
+_BELOW: Final = Param("path", "Only what is beneath this directory of the mount.", STRING, _path, "/")
+_PROGRESS: Final = Param(
+    "progress", "Send notifications `progress` while it takes long: `{id, done}`.", BOOLEAN, _flag, False
+)
+_STREAM: Final = Param(
+    "stream",
+    "Send the items in notifications `items`, `{id, items}`, as they are found; the result then has none, and no limit.",
+    BOOLEAN,
+    _flag,
+    False,
+)
+_LIMIT: Final = _int("limit", "At most so many items; `truncated` says that there were more.", 0, MAX_ITEMS, 100_000)
+
+
+# Results.
+
+_LAYER: Final = record(index=INTEGER, role=words("upper", "lower"), path=STRING)
+_DECISION: Final = record(
+    mark=words("whiteout", "opaque", "redirect", "not a directory", "covered"), layer=_LAYER, path=STRING
+)
+_XATTRS: Final = mapping(STRING)
+_COPY: Final = record(
+    layer=_LAYER,
+    path=STRING,
+    role=words("gives", "merged", "covered", "hidden"),
+    type=STRING,
+    mode=INTEGER,
+    uid=INTEGER,
+    gid=INTEGER,
+    size=INTEGER,
+    mtime_ns=INTEGER,
+    ino=INTEGER,
+    dev=STRING,
+    whiteout=optional(STRING),
+    decided_by=optional(_DECISION),
+    marks=_XATTRS,
+)
+_CHANGE: Final = record(
+    kind=words("added", "changed", "deleted"),
+    path=STRING,
+    type=STRING,
+    fields=array(STRING),
+    renamed_from=optional(STRING),
+)
+_USAGE: Final = record(path=STRING, disk=INTEGER, apparent=INTEGER, objects=INTEGER, whiteouts=INTEGER)
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A row. `acts`: it changes something. `note` says what the summary has no room for."""
+
+    name: str
+    summary: str
+    result: Schema
+    params: tuple[Param, ...] = ()
+    acts: bool = False
+    note: str = ""
+
+
+METHODS: Final[tuple[Method, ...]] = (
+    Method(
+        "status",
+        "What this mount is, and that it answers.",
+        record(
+            mountpoint=STRING,
+            mounted=BOOLEAN,
+            id=optional(INTEGER),
+            pid=INTEGER,
+            owner=INTEGER,
+            socket=STRING,
+            source=STRING,
+            transport=words("channel", "pyfuse3"),
+            io=words("cached", "passthrough"),
+            read_only=BOOLEAN,
+            volatile=BOOLEAN,
+            layers=array(_LAYER),
+            version=STRING,
+            uptime=NUMBER,
+            options=mapping(ANY),
+        ),
+        note="`id` is the minor of the mount's device number, `pid` the process that serves, `owner` its user, `uptime` "
+        "is in seconds. `options` has those that were given.",
+    ),
+    Method(
+        "layers",
+        "The layers, the topmost first.",
+        record(
+            layers=array(
+                record(
+                    **_LAYER["properties"],
+                    dev=STRING,
+                    filesystem_uuid=optional(STRING),
+                    private=BOOLEAN,
+                    size=INTEGER,
+                    available=INTEGER,
+                )
+            ),
+            upper=optional(
+                record(
+                    workdir=STRING,
+                    whiteout=STRING,
+                    xattrs=optional(STRING),
+                    tmpfile=BOOLEAN,
+                    exchange=BOOLEAN,
+                    rename_whiteout=BOOLEAN,
+                )
+            ),
+        ),
+        note="`private`: held as a read-only copy of its mount. `size` and `available` are bytes of its file system. "
+        "`upper` says what the upper can do, and how it keeps whiteouts and marks.",
+    ),
+    Method(
+        "stats",
+        "What the mount has done so far, and what it holds.",
+        record(
+            uptime=NUMBER,
+            counters=mapping(INTEGER),
+            nodes=INTEGER,
+            fds=INTEGER,
+            cached_fds=INTEGER,
+            fd_limit=INTEGER,
+            threads=INTEGER,
+            cpu=NUMBER,
+            memory=record(resident=INTEGER, peak=INTEGER),
+            control=record(clients=INTEGER, calls=INTEGER, refused=INTEGER),
+        ),
+        note="Counters only grow. `cpu` is in seconds, `memory` in bytes.",
+    ),
+    Method(
+        "explain",
+        "Why the mount shows what it shows under a path.",
+        record(
+            path=STRING,
+            exists=BOOLEAN,
+            layer=optional(_LAYER),
+            source=optional(STRING),
+            copies=array(_COPY),
+            decided_by=optional(_DECISION),
+            xattrs=_XATTRS,
+            ino=optional(record(shown=INTEGER, layer=optional(_LAYER), source=optional(STRING))),
+        ),
+        (_PATH,),
+        note="`layer` gives it and `source` is its path outside of the mount. `copies` are all there are of the path, "
+        "top first: `gives`, `merged` into it, `covered` by one above, or `hidden` by the mark in `decided_by`. Values "
+        "of xattrs are in base64. A symlink is not followed.",
+    ),
+    Method(
+        "diff",
+        "What the upper changes of the lowers.",
+        record(items=array(_CHANGE), counts=mapping(INTEGER), truncated=BOOLEAN),
+        (_BELOW, _LIMIT, _STREAM, _PROGRESS),
+        note="Takes time in proportion to the upper. What was copied up and is equal to what it covers is no change. "
+        "`fields` names what differs of something changed.",
+    ),
+    Method(
+        "du",
+        "The space that the upper takes, by directory.",
+        record(total=optional(_USAGE), items=array(_USAGE), truncated=BOOLEAN),
+        (_BELOW, _int("depth", "Levels of directories to list.", 0, 64, 1), _LIMIT, _PROGRESS),
+        note="Largest first. `disk` is what is allocated, `apparent` what the sizes say, in bytes; `objects` without "
+        "whiteouts. `total` is null when the upper has no such directory.",
+    ),
+    Method(
+        "options",
+        "All mount options as they are in force.",
+        record(options=mapping(ANY), explicit=array(STRING), warnings=array(STRING)),
+        note="`explicit` names those that were given, `warnings` what was ignored, and why.",
+    ),
+    Method(
+        "refresh",
+        "Look again at layers that were changed underneath the mount.",
+        record(nodes=INTEGER, replaced=INTEGER, kernel=BOOLEAN),
+        (_BELOW, _PROGRESS),
+        acts=True,
+        note="`nodes` were known and looked up again, `replaced` of them are something else now or gone. `kernel`: its "
+        "caches were told, too.",
+    ),
+    Method(
+        "sync",
+        "Put the upper on disk.",
+        record(seconds=NUMBER, volatile=BOOLEAN),
+        acts=True,
+        note="A mount with `volatile` does nothing, and says so.",
+    ),
+    Method(
+        "log",
+        "The level of the log, and a new one.",
+        record(level=STRING, before=STRING),
+        (Param("level", "From now on.", optional(words(*LEVELS)), _word(*LEVELS)),),
+        acts=True,
+    ),
+    Method(
+        "drop_caches",
+        "Let go of what can be read again: descriptors, merged names, and what the kernel caches of nodes.",
+        record(fds=INTEGER, names=INTEGER, kernel=BOOLEAN),
+        acts=True,
+    ),
+    Method(
+        "unmount",
+        "Unmount, as umount(8) does; `lazy` also while it is in use.",
+        record(result=words("gone", "detached", "busy")),
+        (Param("lazy", "Detach a busy mount: it ends when its last user leaves.", BOOLEAN, _flag, False),),
+        acts=True,
+    ),
+    Method(
+        "rpc.discover",
+        "This description: OpenRPC 1.3.2.",
+        {"type": "object"},
+    ),
+)
+
+BY_NAME: Final = {method.name: method for method in METHODS}
+
+
+def bind(method: Method, given: dict[str, Json] | list[Json]) -> dict[str, Any]:
+    """Arguments of a call, by name, checked and complete; RpcError. In an array they come in the table's order."""
+    if isinstance(given, list):
+        if len(given) > len(method.params):
+            raise RpcError(INVALID_PARAMS, f"{method.name} takes at most {len(method.params)}")
+        given = {param.name: value for param, value in zip(method.params, given, strict=False)}
+    unknown = given.keys() - {param.name for param in method.params}
+    if unknown:
+        raise RpcError(INVALID_PARAMS, f"{method.name} has no parameter {min(unknown)[:64]!r}")
+    return {param.name: _argument(param, given) for param in method.params}
+
+
+def _argument(param: Param, given: dict[str, Json]) -> Any:
+    if param.required and param.name not in given:
+        raise RpcError(INVALID_PARAMS, f"{param.name} is missing")
+    try:
+        return param.read(given.get(param.name, param.default))
+    except ValueError as error:
+        raise RpcError(INVALID_PARAMS, f"{param.name}: {error}") from None
+
+
+def openrpc() -> Json:
+    """The description of all methods (https://spec.open-rpc.org)."""
+    return {
+        "openrpc": "1.3.2",
+        "info": {"title": "unionfsd control socket", "version": __version__},
+        "methods": [_describe(method) for method in METHODS],
+        "components": {"errors": {str(code): {"code": code, "message": text} for code, text in ERRORS.items()}},
+    }
+
+
+def _describe(method: Method) -> Json:
+    return {
+        "name": method.name,
+        "summary": method.summary,
+        "description": method.note,
+        "tags": [{"name": "acts" if method.acts else "reads"}],
+        "paramStructure": "either",
+        "params": [_describe_param(param) for param in method.params],
+        "result": {"name": "result", "schema": method.result},
+    }
+
+
+def _describe_param(param: Param) -> Json:
+    schema = param.schema if param.required else param.schema | {"default": param.default}
+    return {"name": param.name, "description": param.help, "required": param.required, "schema": schema}

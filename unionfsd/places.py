@@ -1,0 +1,137 @@
+"""Names in the upper: what the operations on names have in common.
+
+Rules this file obeys:
+
+- Whether a name is there, is a whiteout, or may be made, is asked here; what that means is decided in `lookup`.
+- A new name is published by one call, over a whiteout if there is one.
+- A removed object that the kernel knows is held by a descriptor first.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import NamedTuple
+
+from . import format as fmt
+from . import syscalls
+from .copyup import CopyUp
+from .inodes import DirNode, Node, child
+from .lookup import Hit, Resolver, stat_or_none
+from .workdir import Staged, Workdir
+
+
+class Place(NamedTuple):
+    """A name in the upper: its directory, the number of that directory's fd, and the name."""
+
+    parent: DirNode
+    dirfd: int
+    name: bytes
+
+
+def fail(number: int, name: bytes = b"") -> OSError:
+    """The OSError of an errno."""
+    return OSError(number, os.strerror(number), os.fsdecode(name)) if name else OSError(number, os.strerror(number))
+
+
+def path_of(place: Place) -> tuple[bytes, ...]:
+    """Its path from the root of the upper."""
+    names = [place.name]
+    at = place.parent
+    while at.parent is not None:
+        names.append(at.name)
+        at = at.parent
+    return tuple(reversed(names))
+
+
+class Places:
+    """Names in the upper of one writable mount."""
+
+    def __init__(self, resolver: Resolver, work: Workdir, copy_up: CopyUp) -> None:
+        self._resolver = resolver
+        self._work = work
+        self._copy_up = copy_up
+
+    def at(self, parent: DirNode, name: bytes) -> Place:
+        """The place of a name; its directory is copied up."""
+        return Place(parent, self._copy_up.directory(parent), name)
+
+    def alive(self, parent: DirNode) -> None:
+        if parent.unlinked:
+            raise fail(errno.ENOENT)
+
+    def new(self, parent: DirNode, name: bytes) -> Place:
+        """The place of a name that the union does not have; EEXIST, EINVAL for a reserved name."""
+        self.alive(parent)
+        if fmt.is_reserved(syscalls.component(name)):
+            raise fail(errno.EINVAL, name)
+        if len(name) > self._resolver.name_max:
+            raise fail(errno.ENAMETOOLONG, name)
+        if self._resolver.lower_has(parent, name) and self._resolver.find(parent, name) is not None:
+            raise fail(errno.EEXIST, name)
+        return Place(parent, self._copy_up.directory(parent), name)
+
+    def victim(self, parent: DirNode, name: bytes) -> Hit:
+        self.alive(parent)
+        hit = self._resolver.find(parent, name)
+        if hit is None:
+            raise fail(errno.ENOENT, name)
+        return hit
+
+    def whiteout(self, place: Place) -> None:
+        """Hide the lowers' name: the publishing call itself where the upper has nothing under that name."""
+        if self._work.abilities.whiteout == "wh":
+            hidden = self._resolver.hidden(place.parent)
+            if place.name not in hidden:
+                syscalls.create_at(place.dirfd, fmt.wh_name(place.name), 0o600).close()
+                hidden.add(place.name)
+            return
+        self.expect_whiteout(place)
+        self._work.place_whiteout(place.dirfd, place.name)
+
+    def expect_whiteout(self, place: Place) -> None:
+        """Mark the upper directory if it takes a mark for its whiteouts to be looked at."""
+        if self._work.abilities.whiteout == "xattr" and not self._resolver.xwhiteouts(place.parent):
+            self._work.mark(place.dirfd, fmt.OPAQUE, fmt.OPAQUE_XWHITEOUTS)
+            place.parent.xwhiteouts = True
+
+    def hold(self, node: Node | None) -> None:
+        """Keep a descriptor of an upper object that is about to lose a name, if the kernel knows it."""
+        if node is None:
+            return
+        if isinstance(node, DirNode):
+            if node.entry.upper:
+                self._resolver.upper_dir(node)
+                node.handle.pinned = True
+        elif node.entry.upper and node.state().orphan is None:
+            node.state().orphan = self._resolver.open_object(node)
+
+    def require_empty(self, parent: DirNode, name: bytes, hit: Hit) -> None:
+        node = child(parent, name)
+        if not isinstance(node, DirNode):
+            node = DirNode(0, parent, name, hit.entry, hit.ino)
+        if not self._resolver.is_empty(node):
+            raise fail(errno.ENOTEMPTY, name)
+
+    def publish_new(self, staged: Staged, place: Place) -> None:
+        parent, dirfd, name = place
+        try:
+            staged.publish(dirfd, name)
+        except FileExistsError:
+            if self._resolver.find(parent, name) is not None:
+                raise
+            staged.publish_over(dirfd, name)
+        self.unhide(place)
+
+    def unhide(self, place: Place) -> None:
+        """Drop the ``.wh.`` entry of a name that the upper now has; until then it speaks only of lowers."""
+        if not place.parent.entry.lowers:
+            return
+        hidden = self._resolver.hidden(place.parent)
+        if place.name in hidden:
+            syscalls.unlink_at(place.dirfd, fmt.wh_name(place.name))
+            hidden.discard(place.name)
+
+    def whiteout_at(self, place: Place) -> bool:
+        st = stat_or_none(place.dirfd, place.name)
+        return st is not None and self._resolver.is_whiteout(place.parent, place.dirfd, place.name, st)
