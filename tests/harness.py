@@ -192,7 +192,11 @@ class Mount:
         return self.path in mounts()
 
     def __enter__(self) -> Self:
-        self.mount()
+        try:
+            self.mount()
+        except BaseException:
+            self.detach()
+            raise
         return self
 
     def __exit__(self, exc_type: type[BaseException] | None, *rest: object) -> None:

@@ -17,9 +17,13 @@ import os
 import resource
 import signal
 from collections.abc import Awaitable, Callable
+from functools import partial
+from time import monotonic
 from typing import TYPE_CHECKING, Final, NoReturn, Protocol
 
 from unionfsd import errors, logs, systemd
+from unionfsd.control.listener import Control
+from unionfsd.control.mounted import Mounted
 from unionfsd.errors import UserError
 from unionfsd.fuse import mounting
 from unionfsd.fuse.mounting import Mount, Unmounted
@@ -153,10 +157,11 @@ def _attend(config: MountConfig, *, up: Callable[[], None]) -> None:
     with contextlib.ExitStack() as stack:
         union = Union.mount(config)
         stack.callback(union.close)
+        control = stack.enter_context(Control(config))
         signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         mount = mounting.mount(config)
         stack.callback(_take_down, mount)
-        _serve(union, mount, config, up)
+        _serve(union, mount, control, config, up)
 
 
 def _settle() -> None:
@@ -173,7 +178,7 @@ def _take_down(mount: Mount) -> None:
     mount.unmount()
 
 
-def _serve(union: Union, mount: Mount, config: MountConfig, up: Callable[[], None]) -> None:
+def _serve(union: Union, mount: Mount, control: Control, config: MountConfig, up: Callable[[], None]) -> None:
     import trio  # late: the mount is there already, see the head of this file
 
     def started() -> None:
@@ -183,7 +188,7 @@ def _serve(union: Union, mount: Mount, config: MountConfig, up: Callable[[], Non
         log.info("mounted on %s", os.fsdecode(config.mountpoint))
         systemd.notify("READY=1", f"MAINPID={os.getpid()}")
 
-    trio.run(_serve_until_gone, union, mount, config, _transport(config), started)
+    trio.run(_serve_until_gone, union, mount, control, config, _transport(config), started)
 
 
 def _transport(config: MountConfig) -> Serve:
@@ -197,17 +202,22 @@ def _transport(config: MountConfig) -> Serve:
 
 
 async def _serve_until_gone(
-    union: Union, mount: Mount, config: MountConfig, serve: Serve, started: Callable[[], None]
+    union: Union, mount: Mount, control: Control, config: MountConfig, serve: Serve, started: Callable[[], None]
 ) -> None:
     import trio
 
     from unionfsd.fuse.driver import drive
 
+    def answering() -> None:
+        control.listen(mount.number)
+        started()
+        nursery.start_soon(_serve_clients, control, _mounted(union, mount, control, config))
+
     failure: Exception | None = None
     async with trio.open_nursery() as nursery:
         await nursery.start(_stop_on_signals, mount, nursery)
         try:
-            await serve(union, mount.fuse_fd, config, started=started)
+            await serve(union, mount.fuse_fd, config, started=answering)
         except Exception as error:  # kept, because a nursery would wrap it
             failure = error
         nursery.cancel_scope.cancel()
@@ -218,6 +228,43 @@ async def _serve_until_gone(
         failure = failure or UserError(what, hint="what was written last may be lost", code=errors.LAYER)
     if failure is not None:
         raise failure
+
+
+async def _serve_clients(control: Control, mounted: Mounted) -> None:
+    """Serve the control socket, from its first client on: until then nothing is imported for it."""
+    import trio
+
+    if control.listener is None:
+        return
+    await trio.lowlevel.wait_readable(control.listener.sock)
+    try:
+        from unionfsd.control.server import Server
+
+        await Server(mounted, control.listener.gid).serve(control.listener.sock)
+    except Exception:
+        log.exception("the control socket is served no longer")
+
+
+def _mounted(union: Union, mount: Mount, control: Control, config: MountConfig) -> Mounted:
+    import trio
+
+    from unionfsd.fuse.driver import drive
+
+    async def unmount(lazy: bool) -> str:
+        outcome = await trio.to_thread.run_sync(partial(mount.unmount, lazy=lazy))
+        return {Unmounted.GONE: "gone", Unmounted.DETACHED: "detached"}.get(outcome, "busy")
+
+    return Mounted(
+        union=union,
+        mount_id=None if mount.place is None else mount.place.mount_id,
+        number=mount.number,
+        transport="pyfuse3" if config.transport == "pyfuse3" else "channel",
+        io="passthrough" if config.io == "passthrough" else "cached",
+        socket=b"" if control.listener is None else control.listener.path,
+        since=monotonic(),
+        drive=drive,
+        unmount=unmount,
+    )
 
 
 async def _stop_on_signals(mount: Mount, nursery: trio.Nursery, task_status: trio.TaskStatus[None]) -> None:

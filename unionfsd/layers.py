@@ -10,13 +10,15 @@ Rules this file obeys:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
 import os
+import re
 import stat
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, Protocol
 
 from . import format as fmt
 from . import syscalls
@@ -29,6 +31,30 @@ log = logging.getLogger(__name__)
 
 _INO_BITS: Final = 56
 _INO_MASK: Final = (1 << _INO_BITS) - 1
+
+
+class DirEntry(Protocol):
+    """What is used of os.DirEntry[bytes]."""
+
+    @property
+    def name(self) -> bytes: ...
+    def inode(self) -> int: ...
+    def is_dir(self, *, follow_symlinks: bool = ...) -> bool: ...
+    def is_file(self, *, follow_symlinks: bool = ...) -> bool: ...
+    def is_symlink(self) -> bool: ...
+
+
+class _OfDescriptor:
+    """An entry of os.scandir on a descriptor, which has names of type str."""
+
+    __slots__ = ("inode", "is_dir", "is_file", "is_symlink", "name")
+
+    def __init__(self, entry: os.DirEntry[str]) -> None:
+        self.name = os.fsencode(entry.name)
+        self.inode = entry.inode
+        self.is_dir = entry.is_dir
+        self.is_file = entry.is_file
+        self.is_symlink = entry.is_symlink
 
 
 class Layer:
@@ -83,7 +109,7 @@ class Layer:
                 pass  # only the owner may ask for O_NOATIME
         return syscalls.open_data(dirfd, name, flags)
 
-    def scan(self, fd: int) -> Iterator[os.DirEntry[bytes]]:
+    def scan(self, fd: int) -> Iterator[DirEntry]:
         """Entries of the directory that the O_PATH `fd` refers to, without "." and ".."."""
         if self.noatime or self.writable:
             with os.scandir(syscalls.proc_path(fd)) as entries:
@@ -94,8 +120,8 @@ class Layer:
             reading = syscalls.reopen(fd, flags | os.O_NOATIME)
         except PermissionError:
             reading = syscalls.reopen(fd, flags)
-        with reading, os.scandir(syscalls.proc_path(reading.fd)) as entries:
-            yield from entries
+        with reading, os.scandir(reading.fd) as unnamed:
+            yield from map(_OfDescriptor, unnamed)
 
     def __repr__(self) -> str:
         return f"Layer({os.fsdecode(self.path)!r})"
@@ -250,12 +276,16 @@ class LayerStack:
 def open_stack(config: MountConfig) -> LayerStack:
     """Open the layers that `config` names, lock upper and work, and refuse what cannot be a union (UserError)."""
     _check_overlap(config)
-    lowers = tuple(_open_lower(path, config.mountpoint) for path in config.lowerdirs)
-    if config.upperdir is None:
-        return LayerStack(lowers, None, None, ())
-    if config.workdir is None:
-        raise UserError("upperdir without workdir", hint="give -o workdir=DIR, on the same file system as the upper")
-    return _open_writable(config.upperdir, config.workdir, lowers, config.mountpoint)
+    with contextlib.ExitStack() as opened:
+        lowers = tuple(_open_lower(path, config.mountpoint, opened) for path in config.lowerdirs)
+        if config.upperdir is None:
+            stack = LayerStack(lowers, None, None, ())
+        elif config.workdir is None:
+            raise UserError("upperdir without workdir", hint="give -o workdir=DIR, on the upper's file system")
+        else:
+            stack = _open_writable(config.upperdir, config.workdir, lowers, config.mountpoint, opened)
+        opened.pop_all()
+        return stack
 
 
 def _directory(path: bytes, what: str) -> os.stat_result:
@@ -272,10 +302,11 @@ def _show(path: bytes) -> str:
     return os.fsdecode(path)
 
 
-def _open_lower(path: bytes, mountpoint: bytes) -> Layer:
+def _open_lower(path: bytes, mountpoint: bytes, opened: contextlib.ExitStack) -> Layer:
     _directory(path, "lowerdir")
     try:
-        root = syscalls.clone_mount(path, syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOATIME)
+        clone = syscalls.clone_mount(path, syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOATIME)
+        root = opened.enter_context(clone)
         return Layer(path, root, writable=False, noatime=True)
     except OSError as exc:
         log.debug("lowerdir %s: no private mount (%s), opened plainly", _show(path), exc.strerror)
@@ -285,7 +316,7 @@ def _open_lower(path: bytes, mountpoint: bytes) -> Layer:
             hint="mount elsewhere; only a privileged mount can lie inside its own layer",
             code=LAYER,
         )
-    return Layer(path, _open_root(path, "lowerdir"), writable=False, noatime=False)
+    return Layer(path, opened.enter_context(_open_root(path, "lowerdir")), writable=False, noatime=False)
 
 
 def _open_root(path: bytes, what: str, flags: int = os.O_PATH) -> Fd:
@@ -295,13 +326,15 @@ def _open_root(path: bytes, what: str, flags: int = os.O_PATH) -> Fd:
         raise UserError(f"{what} {_show(path)}: {exc.strerror}", code=LAYER) from exc
 
 
-def _open_writable(upper: bytes, work: bytes, lowers: tuple[Layer, ...], mountpoint: bytes) -> LayerStack:
+def _open_writable(
+    upper: bytes, work: bytes, lowers: tuple[Layer, ...], mountpoint: bytes, opened: contextlib.ExitStack
+) -> LayerStack:
     upper_st, work_st = _directory(upper, "upperdir"), _directory(work, "workdir")
     _check_writable_pair(upper, upper_st, work, work_st, mountpoint)
-    locks = (_lock(upper, "upperdir"), _lock(work, "workdir"))
+    locks = (_lock(upper, "upperdir", opened), _lock(work, "workdir", opened))
     _refuse_kernel_mount(upper, upper_st)
-    layer = Layer(upper, _open_root(upper, "upperdir"), writable=True, noatime=False)
-    return LayerStack(lowers, layer, _open_root(work, "workdir"), locks)
+    roots = [opened.enter_context(_open_root(*root)) for root in ((upper, "upperdir"), (work, "workdir"))]
+    return LayerStack(lowers, Layer(upper, roots[0], writable=True, noatime=False), roots[1], locks)
 
 
 def _check_writable_pair(
@@ -332,8 +365,8 @@ def _inside(path: bytes, directory: bytes) -> bool:
     return inner != outer and inner.startswith(outer.rstrip(b"/") + b"/")
 
 
-def _lock(path: bytes, what: str) -> Fd:
-    fd = _open_root(path, what, os.O_RDONLY)
+def _lock(path: bytes, what: str, opened: contextlib.ExitStack) -> Fd:
+    fd = opened.enter_context(_open_root(path, what, os.O_RDONLY))
     try:
         fcntl.flock(fd.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as exc:
@@ -367,7 +400,9 @@ def _kernel_uppers() -> Iterator[bytes]:
     for line in lines:
         for option in line.split(b" ")[2].strip().split(b","):
             if option.startswith(b"upperdir="):
-                yield option[len(b"upperdir=") :].decode("unicode_escape").encode("latin-1")
+                # The table escapes with octals what overlayfs had been given escaped with backslashes.
+                path = option[len(b"upperdir=") :].decode("unicode_escape").encode("latin-1")
+                yield re.sub(rb"\\(.)", rb"\1", path, flags=re.DOTALL)
 
 
 def _check_overlap(config: MountConfig) -> None:

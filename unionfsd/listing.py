@@ -12,7 +12,6 @@ Rules this file obeys:
 
 from __future__ import annotations
 
-import os
 import stat
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
@@ -22,7 +21,7 @@ from typing import Final, NamedTuple
 from . import format as fmt
 from . import syscalls
 from .fdcache import FdCache
-from .layers import Layer, LayerStack, LowerDir, is_xattr_whiteout
+from .layers import DirEntry, Layer, LayerStack, LowerDir, is_xattr_whiteout
 
 DT_UNKNOWN: Final = 0
 DT_CHR: Final = 2
@@ -91,7 +90,7 @@ def _merge_lower(
     return hidden
 
 
-def entry_type(dirfd: int, entry: os.DirEntry[bytes], *, xwhiteouts: bool) -> int | None:
+def entry_type(dirfd: int, entry: DirEntry, *, xwhiteouts: bool) -> int | None:
     """DT_* of an entry of the directory `dirfd`, None for a whiteout."""
     if entry.is_file(follow_symlinks=False):
         if xwhiteouts and not syscalls.stat_at(dirfd, entry.name).st_size and is_xattr_whiteout(dirfd, entry.name):

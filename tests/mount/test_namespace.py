@@ -260,11 +260,11 @@ def test_exchange_of_unlike_objects(layers: Layers, mounted: MountFactory) -> No
     assert errno_of(rename, mount / "f", mount / "absent", syscalls.RENAME_EXCHANGE) == "ENOENT"
 
 
-def test_a_directory_with_a_lower_is_not_renamed(layers: Layers, mounted: MountFactory) -> None:
-    """EXDEV, as overlayfs without redirect_dir; mv(1) then copies and removes."""
+def test_without_redirects_a_directory_with_a_lower_is_not_renamed(layers: Layers, mounted: MountFactory) -> None:
+    """EXDEV, as overlayfs says; mv(1) then copies and removes."""
     put(layers, "d/f", "lower")
     put(layers, "m/f", "both")
-    mount = mounted()
+    mount = mounted("redirect_dir=off")
     (mount / "new").mkdir()
     for name in ("d", "m"):
         assert errno_of(os.rename, mount / name, mount / "moved") == "EXDEV"
@@ -276,6 +276,93 @@ def test_a_directory_with_a_lower_is_not_renamed(layers: Layers, mounted: MountF
         assert sorted(os.listdir(mount.path)) == ["d-moved", "m-moved", "new"]
         assert (mount / "d-moved/f").read_text() == "lower d/f"
         assert (mount / "m-moved/f").read_text() == "upper m/f"
+        mount.remount()
+
+
+REDIRECTS = "redirect_dir=on"
+
+
+@pytest.mark.parametrize("to", ["y", "other/y", "new/y"])
+@pytest.mark.parametrize("over", ["absent", "whiteout", "empty"])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_directory_with_a_lower_is_renamed_with_all_in_it(
+    place: str, over: str, to: str, layers: Layers, mounted: MountFactory
+) -> None:
+    """Within its parent, into a merged directory and into a new one; its contents come from the lower all the same."""
+    put(layers, "x/deep/f", "lower")
+    put(layers, "x/g", place)
+    (layers.lower / "other").mkdir()
+    (layers.upper / "other").mkdir()
+    if over != "absent" and to != "new/y":
+        (layers.lower / to).mkdir()
+        (layers.lower / to / "hidden").touch()
+        if over == "whiteout":
+            os.mknod(layers.upper / to, stat.S_IFCHR, 0)
+        else:
+            (layers.upper / to).mkdir()
+            os.mknod(layers.upper / to / "hidden", stat.S_IFCHR, 0)
+    mount = mounted(REDIRECTS)
+    (mount / "new").mkdir()
+    content, ino = (mount / "x/g").read_text(), os.stat(mount / "x/deep/f").st_ino
+    os.rename(mount / "x", mount / to)
+    assert os.stat(mount / to / "deep/f").st_ino == ino
+    for _ in range(2):
+        assert errno_of(os.stat, mount / "x") == "ENOENT"
+        assert "x" not in os.listdir(mount.path)
+        assert sorted(os.listdir(mount / to)) == ["deep", "g"]
+        assert (mount / to / "deep/f").read_text() == "lower x/deep/f"
+        assert (mount / to / "g").read_text() == content
+        mount.remount()
+    (mount / to / "deep/f").write_text("changed")
+    (mount / "x").mkdir()
+    for _ in range(2):
+        assert os.listdir(mount / "x") == []
+        assert (mount / to / "deep/f").read_text() == "changed"
+        mount.remount()
+
+
+def test_merged_directories_are_exchanged(layers: Layers, mounted: MountFactory) -> None:
+    for name in ("d/f", "other/e/g"):
+        put(layers, name, "lower")
+    mount = mounted(REDIRECTS)
+    (mount / "new").mkdir()
+    (mount / "new/h").touch()
+    rename(mount / "d", mount / "other/e", syscalls.RENAME_EXCHANGE)
+    rename(mount / "d", mount / "new", syscalls.RENAME_EXCHANGE)
+    for _ in range(2):
+        assert os.listdir(mount / "d") == ["h"]
+        assert (mount / "new/g").read_text() == "lower other/e/g"
+        assert (mount / "other/e/f").read_text() == "lower d/f"
+        mount.remount()
+
+
+def test_a_directory_is_renamed_again_and_again(layers: Layers, mounted: MountFactory) -> None:
+    """Above and below other renamed ones, and back to where it was; each place it left is free for a new one."""
+    put(layers, "a/b/c/f", "lower")
+    (layers.lower / "other").mkdir()
+    mount = mounted(REDIRECTS)
+    for old, new in (
+        ("a/b", "a/x"),
+        ("a", "z"),
+        ("z/x/c", "other/c"),
+        ("z", "other/c/z"),
+        ("other", "a"),
+        ("a/c/z", "z"),
+    ):
+        os.rename(mount / old, mount / new)
+        (mount / old).mkdir(parents=True)
+        assert os.listdir(mount / old) == []
+        mount.remount()
+        assert os.listdir(mount / old) == []
+        (mount / old).rmdir()
+    assert (mount / "a/c/f").read_text() == "lower a/b/c/f"
+    assert os.listdir(mount / "z/x") == []
+    os.rename(mount / "a/c", mount / "z/x/c")
+    run("rm", "-r", mount / "a")
+    os.rename(mount / "z/x", mount / "z/b")
+    os.rename(mount / "z", mount / "a")
+    for _ in range(2):
+        assert (mount / "a/b/c/f").read_text() == "lower a/b/c/f"
         mount.remount()
 
 

@@ -51,7 +51,7 @@ class Opened:
         self.fds = FdCache(FdCache.MINIMUM)
         self.resolver = Resolver(self.stack, self.fds, follow_redirects=False)
         root = self.resolver.root()
-        self.table = NodeTable(root.entry, root.ino, self.resolver.released)
+        self.table = NodeTable(root.entry, root.ino, self.fds, self.resolver.released)
         self.work = open_workdir(self.stack, config)
         self.counters = Counters()
         self.copy_up = CopyUp(self.resolver, self.work, self.fds, self.counters)

@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from unionfsd.fdcache import FdCache
 from unionfsd.inodes import ROOT_ID, UPPER, DirNode, Entry, Node, NodeTable, child
 from unionfsd.syscalls import Fd
 
@@ -17,7 +18,7 @@ NAMES = [b"a", b"b", b"c", b"d"]
 
 
 def new_table(dropped: list[DirNode] | None = None) -> NodeTable:
-    return NodeTable(Entry(True, ()), 1, ([] if dropped is None else dropped).append)
+    return NodeTable(Entry(True, ()), 1, FdCache(FdCache.MINIMUM), ([] if dropped is None else dropped).append)
 
 
 class Known:

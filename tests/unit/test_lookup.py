@@ -58,7 +58,7 @@ def resolving(layers: Stack, kind: type[Resolver] = Resolver) -> Iterator[tuple[
     try:
         resolver = kind(stack, FdCache(FdCache.MINIMUM), follow_redirects=True)
         root = resolver.root()
-        yield resolver, NodeTable(root.entry, root.ino, resolver.released).root
+        yield resolver, NodeTable(root.entry, root.ino, resolver.fds, resolver.released).root
     finally:
         stack.close()
 

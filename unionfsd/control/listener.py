@@ -14,14 +14,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
 import stat
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from unionfsd.control import places
 from unionfsd.errors import BUSY, UserError, reason
 from unionfsd.options import MountConfig
 from unionfsd.syscalls import Fd, proc_path
+
+if TYPE_CHECKING:
+    import socket
 
 log = logging.getLogger(__name__)
 
@@ -29,44 +31,45 @@ log = logging.getLogger(__name__)
 _BACKLOG: Final = 16
 
 
-class Prepared:
-    """Where the socket will be: `directory` is the usual one, None when there is none, `wanted` one that was asked for.
+class Control:
+    """The socket of one mount, from before the mount is made until after it is gone. `listener` is None without one."""
 
-    `wanted` is (directory, file name, whole path). `gid` may use it besides the owner, None for nobody.
-    """
+    def __init__(self, config: MountConfig) -> None:
+        """Open the places for it. UserError: what was asked for cannot be."""
+        self.listener: Listener | None = None
+        self._gid = None if config.control_group is None else _gid(config.control_group)
+        self._usual = None if config.control == "off" else _usual_directory()
+        self._wanted = None if config.control in ("auto", "off") else _wanted(os.fsencode(config.control))
+        if config.control == "auto" and self._usual is None:
+            log.info("no control socket: there is no directory for it; say where with control=PATH")
 
-    __slots__ = ("directory", "gid", "path", "wanted")
-
-    def __init__(
-        self, directory: Fd | None, path: bytes, wanted: tuple[Fd, bytes, bytes] | None, gid: int | None
-    ) -> None:
-        self.directory = directory
-        self.path = path
-        self.wanted = wanted
-        self.gid = gid
-
-    def listen(self, mount: int | None) -> Listener | None:
-        """Listen for clients of `mount`, the minor of its device; None when there can be no socket, which is logged."""
+    def listen(self, mount: int | None) -> None:
+        """Listen for clients of `mount`, the minor of its device; what is in the way is logged."""
         try:
-            return self._listen(mount)
+            self.listener = self._listen(mount)
         except OSError as error:
             log.warning("no control socket: %s", reason(error))
-            return None
 
     def _listen(self, mount: int | None) -> Listener | None:
-        usual = None if mount is None or self.directory is None else places.name(mount)
-        if self.wanted is not None:
-            directory, filename, path = self.wanted
-            listener = _listen_at(directory, filename, path, self.gid)
-            if usual is not None and self.directory is not None:
-                with contextlib.suppress(OSError):
-                    _link(self.directory, usual, path)
-                    listener.also(self.directory, usual)
+        usual = None if mount is None or self._usual is None else (*self._usual, places.name(mount))
+        if self._wanted is not None:
+            directory, path, filename = self._wanted
+            listener = _listen_at(directory, filename, os.path.join(path, filename), self._gid)
+            if usual is not None:
+                _link(usual[0], usual[2], listener.path)
+                listener.also(usual[0], usual[2])
             return listener
-        if usual is None or self.directory is None:
-            log.info("no control socket: the mount's number is not known")
+        if usual is None:
             return None
-        return _listen_at(self.directory, usual, os.path.join(self.path, usual), self.gid)
+        directory, path, filename = usual
+        return _listen_at(directory, filename, os.path.join(path, filename), self._gid)
+
+    def __enter__(self) -> Control:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.listener is not None:
+            self.listener.close()
 
 
 class Listener:
@@ -94,24 +97,8 @@ class Listener:
         self._names.clear()
 
 
-def prepare(config: MountConfig) -> Prepared | None:
-    """Open the places for the socket of a mount that is about to be made; None when it is to have none.
-
-    UserError: what was asked for cannot be.
-    """
-    if config.control == "off":
-        return None
-    gid = None if config.control_group is None else _gid(config.control_group)
-    found = _usual_directory()
-    wanted = None if config.control == "auto" else _wanted(config.control)
-    if found is None and wanted is None:
-        log.info("no control socket: there is no directory for it, say where with control=PATH")
-        return None
-    directory, path = found or (None, b"")
-    return Prepared(directory, path, wanted, gid)
-
-
 def _wanted(path: bytes) -> tuple[Fd, bytes, bytes]:
+    """(directory, its path, file name) of a socket that was asked for."""
     directory, filename = os.path.split(path)
     try:
         fd = Fd(os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
@@ -120,7 +107,7 @@ def _wanted(path: bytes) -> tuple[Fd, bytes, bytes]:
     if not filename or filename in (b".", b".."):
         raise UserError(f"control={os.fsdecode(path)}: no file name", hint="name a file that may be made")
     _check_free(fd, filename, path)
-    return fd, filename, path
+    return fd, directory, filename
 
 
 def _check_free(directory: Fd, filename: bytes, path: bytes) -> None:
@@ -131,6 +118,8 @@ def _check_free(directory: Fd, filename: bytes, path: bytes) -> None:
         return
     if not stat.S_ISSOCK(mode):
         raise UserError(f"control={os.fsdecode(path)}: exists and is no socket", hint="name another file")
+    import socket  # late: few ask for a place
+
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client, contextlib.suppress(ConnectionRefusedError):
         client.connect(proc_path(directory.fd) + b"/" + filename)
         raise UserError(f"control={os.fsdecode(path)}: in use", hint="name another file", code=BUSY)
@@ -168,6 +157,8 @@ def _private_directory(path: bytes) -> Fd:
 
 
 def _listen_at(directory: Fd, filename: bytes, path: bytes, gid: int | None) -> Listener:
+    import socket  # late: trio has imported it by now
+
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     try:
         # Before it is bound: the file gets this mode, and is never there with another (net/unix/af_unix.c).

@@ -112,7 +112,7 @@ def _int(name: str, help: str, low: int, high: int, default: int) -> Param:
     return Param(name, help, {"type": "integer", "minimum": low, "maximum": high}, _between(low, high), default)
 
 
-MAX_ITEMS: Final = 1_000_000
+MAX_ITEMS: Final = 100_000
 LEVELS: Final = ("debug", "info", "warning", "error")
 
 _PATH: Final = Param("path", "A path from the root of the mount.", STRING, _path, required=True)
@@ -122,12 +122,12 @@ _PROGRESS: Final = Param(
 )
 _STREAM: Final = Param(
     "stream",
-    "Send the items in notifications `items`, `{id, items}`, as they are found; the result then has none, and no limit.",
+    "Send the items in notifications `items`, `{id, items}`, as they are found, without limit; the result has none.",
     BOOLEAN,
     _flag,
     False,
 )
-_LIMIT: Final = _int("limit", "At most so many items; `truncated` says that there were more.", 0, MAX_ITEMS, 100_000)
+_LIMIT: Final = _int("limit", "At most so many items; `truncated` says that there were more.", 0, MAX_ITEMS, 10_000)
 
 
 # Results.
@@ -196,7 +196,7 @@ METHODS: Final[tuple[Method, ...]] = (
             uptime=NUMBER,
             options=mapping(ANY),
         ),
-        note="`id` is the minor of the mount's device number, `pid` the process that serves, `owner` its user, `uptime` "
+        note="`id` is the minor of the mount's device number, `pid` the process that serves, `owner` its user. `uptime` "
         "is in seconds. `options` has those that were given.",
     ),
     Method(

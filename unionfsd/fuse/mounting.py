@@ -83,8 +83,20 @@ class Mount:
     def fuse_fd(self) -> int:
         return self._fd.fileno()
 
-    def unmount(self) -> Unmounted:
-        """Unmount, lazily when it is busy. May block until dirty pages are written, so not for the serving thread."""
+    @property
+    def number(self) -> int | None:
+        """The minor of its device number, which is its name in /sys/fs/fuse/connections; None when that is not known.
+
+        Of a mount that somebody else made, Linux 6.18 and later tell (proc_pid_fdinfo(5)).
+        """
+        if self.place is not None:
+            return int(self.place.device.partition(":")[2])
+        with open(f"/proc/self/fdinfo/{self.fuse_fd}") as info:
+            told = [line.split()[1] for line in info if line.startswith("fuse_connection:")]
+        return int(told[0]) if told else None
+
+    def unmount(self, *, lazy: bool = True) -> Unmounted:
+        """Unmount; a busy mount only if `lazy`. May block until dirty pages are written, so not for the serving thread."""
         if self.place is None:
             return Unmounted.KEPT
         now = list(mounts())
@@ -94,7 +106,7 @@ class Mount:
         if any(other.parent_id == place.mount_id and other.path == place.path for other in now):
             log.error("not unmounted: something is mounted over %s", os.fsdecode(place.path))
             return Unmounted.KEPT
-        return _unmount(place.path)
+        return _unmount(place.path, lazy=lazy)
 
     def close(self) -> None:
         """Hang up. Who still uses the mount gets ENOTCONN from here on."""
@@ -280,17 +292,17 @@ def _fusermount(arguments: list[bytes], environment: dict[str, str] | None = Non
 # Unmounting.
 
 
-def _unmount(path: bytes) -> Unmounted:
+def _unmount(path: bytes, *, lazy: bool = True) -> Unmounted:
     try:
-        return _unmount_directly(path)
+        return _unmount_directly(path, lazy=lazy)
     except PermissionError:
-        return _unmount_by_fusermount(path)
+        return _unmount_by_fusermount(path, lazy=lazy)
     except OSError as error:
         log.error("not unmounted: %s: %s", os.fsdecode(path), errors.reason(error))
         return Unmounted.KEPT
 
 
-def _unmount_directly(path: bytes) -> Unmounted:
+def _unmount_directly(path: bytes, *, lazy: bool) -> Unmounted:
     try:
         syscalls.umount2(path, UMOUNT_NOFOLLOW)
     except OSError as error:
@@ -298,14 +310,18 @@ def _unmount_directly(path: bytes) -> Unmounted:
             return Unmounted.GONE
         if error.errno != errno.EBUSY:
             raise
+        if not lazy:
+            return Unmounted.KEPT
         syscalls.umount2(path, UMOUNT_NOFOLLOW | MNT_DETACH)
         return Unmounted.DETACHED
     return Unmounted.GONE
 
 
-def _unmount_by_fusermount(path: bytes) -> Unmounted:
+def _unmount_by_fusermount(path: bytes, *, lazy: bool) -> Unmounted:
     if _fusermount([b"-u", b"--", path]) is None:
         return Unmounted.GONE
+    if not lazy:
+        return Unmounted.KEPT
     failure = _fusermount([b"-u", b"-z", b"--", path])
     if failure is None:
         return Unmounted.DETACHED

@@ -1,0 +1,406 @@
+"""What the methods of the control socket do. Each is the function of its name, with the parameters that `schema` has.
+
+Rules this file obeys:
+
+- The event loop serves the mount. What reads layers runs in a thread, with a resolver of its own, and stops soon after
+  it was cancelled; the loop sees small pieces only.
+- Nothing is kept from one call to the next.
+"""
+
+from __future__ import annotations
+
+import base64
+import errno
+import logging
+import os
+import resource
+import stat
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import asdict, fields
+from functools import partial
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+
+import trio
+
+from unionfsd import __version__, changes, explain, mountinfo, usage
+from unionfsd.control import schema
+from unionfsd.control.mounted import Mounted
+from unionfsd.control.protocol import FAILED, UNSUPPORTED, Json, RpcError
+
+if TYPE_CHECKING:
+    from unionfsd.layers import Layer
+    from unionfsd.lookup import Resolver
+    from unionfsd.options import MountConfig
+
+T = TypeVar("T")
+
+#: Threads for walks at once, in one mount; others wait.
+_WALKS: Final = 2
+#: Between two looks of a walk at whether it is still wanted, and between two reports of progress.
+_TICKS: Final = 64
+_REPORT: Final = 0.25
+#: Items in one notification.
+_BATCH: Final = 256
+
+
+class Call(Protocol):
+    """The call that a method answers."""
+
+    async def notify(self, method: str, params: dict[str, Json]) -> None:
+        """Send a notification that belongs to it."""
+
+
+class Methods:
+    """The methods for one mount. `census` gives the figures of the server itself."""
+
+    def __init__(self, mounted: Mounted, census: Callable[[], dict[str, int]]) -> None:
+        self._mounted = mounted
+        self._union = mounted.union
+        self._config = mounted.union.config
+        self._census = census
+        self._walks = trio.CapacityLimiter(_WALKS)
+
+    def named(self, name: str) -> Callable[..., Awaitable[Json]]:
+        """The function of a method of the table."""
+        function: Callable[..., Awaitable[Json]] = getattr(self, name.replace(".", "_"))
+        return function
+
+    # What there is.
+
+    async def status(self, call: Call) -> Json:
+        mounted, config = self._mounted, self._config
+        line = self._line()
+        return {
+            "mountpoint": _text(line.path if line else config.mountpoint),
+            "mounted": line is not None,
+            "id": mounted.number,
+            "pid": os.getpid(),
+            "owner": os.geteuid(),
+            "socket": _text(mounted.socket),
+            "source": config.fsname,
+            "transport": mounted.transport,
+            "io": mounted.io,
+            "read_only": config.read_only,
+            "volatile": config.volatile,
+            "layers": [_layer(*row) for row in self._layers()],
+            "version": __version__,
+            "uptime": round(monotonic() - mounted.since, 3),
+            "options": {name: value for name, value in _options(config).items() if name in config.explicit},
+        }
+
+    def _line(self) -> mountinfo.MountLine | None:
+        """Where the mount is now; None when it is detached, or somebody else made it in a place we cannot see."""
+        lines = (line for line in mountinfo.read() if line.device == (0, self._mounted.number))
+        found = list(lines)
+        ours = (line for line in found if line.mount_id == self._mounted.mount_id)
+        return next(ours, found[0] if found else None)
+
+    def _layers(self) -> Iterator[tuple[int, Layer, bool]]:
+        stack = self._union.stack
+        every = [stack.upper, *stack.lowers] if stack.upper else list(stack.lowers)
+        for rank, layer in enumerate(every):
+            assert layer is not None
+            yield rank, layer, layer is stack.upper
+
+    async def layers(self, call: Call) -> Json:
+        rows = list(self._layers())
+        return {"layers": await self._in_thread(partial(_describe_layers, rows)), "upper": self._upper()}
+
+    def _upper(self) -> Json:
+        able = self._union.abilities
+        if able is None:
+            return None
+        return {
+            "workdir": _text(self._config.workdir or b""),
+            "whiteout": able.whiteout,
+            "xattrs": None if able.namespace is None else _text(able.namespace),
+            "tmpfile": able.tmpfile,
+            "exchange": able.exchange,
+            "rename_whiteout": able.rename_whiteout,
+        }
+
+    async def stats(self, call: Call) -> Json:
+        counters = asdict(self._union.statistics())
+        holdings = asdict(self._union.holdings())
+        fds = await self._in_thread(lambda: len(os.listdir("/proc/self/fd")))
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        return {
+            "uptime": round(monotonic() - self._mounted.since, 3),
+            "counters": counters,
+            **holdings,
+            "fds": fds,
+            "threads": threading.active_count(),
+            "cpu": round(used.ru_utime + used.ru_stime, 3),
+            "memory": {"resident": _resident(), "peak": used.ru_maxrss * 1024},
+            "control": self._census(),
+        }
+
+    async def options(self, call: Call) -> Json:
+        return {
+            "options": _options(self._config),
+            "explicit": sorted(self._config.explicit),
+            "warnings": list(self._config.warnings),
+        }
+
+    # Looking into the layers.
+
+    async def explain(self, call: Call, *, path: bytes) -> Json:
+        return await self._with_reader(lambda reader: _explanation(explain.explain(reader, path)))
+
+    async def diff(self, call: Call, *, path: bytes, limit: int, stream: bool, progress: bool) -> Json:
+        items = _Items(call, limit, stream=stream)
+        ticker = _Ticker(call, progress=progress)
+        names = explain.split(path)
+
+        def walk(reader: Resolver) -> Json:
+            for change in changes.changes(reader, names, ticker.tick):
+                items.add(_change(change), change.kind)
+            return items.end()
+
+        return await self._with_reader(walk)
+
+    async def du(self, call: Call, *, path: bytes, depth: int, limit: int, progress: bool) -> Json:
+        ticker = _Ticker(call, progress=progress)
+        names = explain.split(path)
+        rows = await self._with_reader(lambda reader: usage.usage(reader, names, depth, ticker.tick))
+        found = [row._asdict() | {"path": _text(row.path)} for row in rows[: limit + 1]]
+        return {"total": found[0] if found else None, "items": found[1:], "truncated": len(rows) > limit + 1}
+
+    async def _with_reader(self, look: Callable[[Resolver], T]) -> T:
+        """What `look` finds, in a thread; the error of a system call becomes the caller's."""
+
+        def run() -> T:
+            reader = self._union.reader()
+            try:
+                return look(reader)
+            finally:
+                reader.fds.close()
+
+        return await self._in_thread(run)
+
+    async def _in_thread(self, fn: Callable[[], T]) -> T:
+        # Not abandoned when it is cancelled: it uses descriptors of layers, which are closed when everybody is gone.
+        return await trio.to_thread.run_sync(fn, limiter=self._walks)
+
+    # Acting.
+
+    async def sync(self, call: Call) -> Json:
+        start = monotonic()
+        await self._mounted.drive(self._union.syncfs())
+        return {"seconds": round(monotonic() - start, 6), "volatile": self._config.volatile}
+
+    async def log(self, call: Call, *, level: str | None) -> Json:
+        root = logging.getLogger()
+        before = logging.getLevelName(root.level).lower()
+        if level is not None:
+            root.setLevel(level.upper())
+        return {"level": logging.getLevelName(root.level).lower(), "before": before}
+
+    async def unmount(self, call: Call, *, lazy: bool) -> Json:
+        if self._mounted.mount_id is None:
+            raise RpcError(UNSUPPORTED, "somebody else made this mount, and unmounts it")
+        return {"result": await self._mounted.unmount(lazy)}
+
+    async def rpc_discover(self, call: Call) -> Json:
+        return schema.openrpc()
+
+
+class _Ticker:
+    """Stops a walk that nobody waits for any more, and reports how far it is. `tick` is called in its thread."""
+
+    def __init__(self, call: Call, *, progress: bool) -> None:
+        self._call = call
+        self._progress = progress
+        self._done = 0
+        self._due = monotonic() + _REPORT
+
+    def tick(self) -> None:
+        self._done += 1
+        if self._done % _TICKS:
+            return
+        trio.from_thread.check_cancelled()
+        if self._progress and monotonic() > self._due:
+            trio.from_thread.run(self._call.notify, "progress", {"done": self._done})
+            self._due = monotonic() + _REPORT
+
+
+class _Items:
+    """Collects the items of a walk, or sends them on in batches. Used in the walk's thread."""
+
+    def __init__(self, call: Call, limit: int, *, stream: bool) -> None:
+        self._call = call
+        self._limit = limit
+        self._stream = stream
+        self._items: list[Json] = []
+        self._counts: dict[str, int] = {}
+        self._truncated = False
+
+    def add(self, item: Json, kind: str) -> None:
+        self._counts[kind] = self._counts.get(kind, 0) + 1
+        if not self._stream and len(self._items) >= self._limit:
+            self._truncated = True
+            return
+        self._items.append(item)
+        if self._stream and len(self._items) >= _BATCH:
+            self._send()
+
+    def _send(self) -> None:
+        trio.from_thread.run(self._call.notify, "items", {"items": self._items})
+        self._items = []
+
+    def end(self) -> Json:
+        if self._stream and self._items:
+            self._send()
+        return {"items": self._items, "counts": self._counts, "truncated": self._truncated}
+
+
+# From values to JSON.
+
+
+def _text(path: bytes) -> str:
+    """A name as JSON has it, see `protocol`."""
+    return path.decode("utf-8", "surrogateescape")
+
+
+def _encoded(value: bytes) -> str:
+    return base64.b64encode(value).decode("ascii")
+
+
+def _xattrs(values: dict[bytes, bytes]) -> Json:
+    return {_text(name): _encoded(value) for name, value in values.items()}
+
+
+def _layer(rank: int, layer: Layer, upper: bool) -> Json:
+    return {"index": rank, "role": "upper" if upper else "lower", "path": _text(layer.path)}
+
+
+def _describe_layers(rows: list[tuple[int, Layer, bool]]) -> Json:
+    return [_describe_layer(*row) for row in rows]
+
+
+def _describe_layer(rank: int, layer: Layer, upper: bool) -> Json:
+    space = os.fstatvfs(layer.root.fd)
+    return {
+        **_layer(rank, layer, upper),
+        "dev": _device(layer.dev),
+        "filesystem_uuid": layer.uuid.hex() if any(layer.uuid) else None,
+        "private": layer.noatime,
+        "size": space.f_blocks * space.f_frsize,
+        "available": space.f_bavail * space.f_frsize,
+    }
+
+
+def _device(number: int) -> str:
+    return f"{os.major(number)}:{os.minor(number)}"
+
+
+_TYPES: Final = {
+    stat.S_IFREG: "file",
+    stat.S_IFDIR: "directory",
+    stat.S_IFLNK: "symlink",
+    stat.S_IFCHR: "character device",
+    stat.S_IFBLK: "block device",
+    stat.S_IFIFO: "fifo",
+    stat.S_IFSOCK: "socket",
+}
+
+
+def _type(mode: int) -> str:
+    return _TYPES.get(stat.S_IFMT(mode), "unknown")
+
+
+def _change(change: changes.Change) -> Json:
+    return {
+        "kind": change.kind,
+        "path": _text(change.path),
+        "type": _type(change.mode),
+        "fields": list(change.fields),
+        "renamed_from": None if change.renamed_from is None else _text(change.renamed_from),
+    }
+
+
+def _explanation(found: explain.Explanation) -> Json:
+    giver = found.giver
+    return {
+        "path": _text(found.path),
+        "exists": giver is not None,
+        "layer": None if giver is None else _layer_at(giver.layer),
+        "source": None if giver is None else _outside(giver),
+        "copies": [_copy(copy) for copy in found.copies],
+        "decided_by": _decision(found.decided_by),
+        "xattrs": _xattrs(found.xattrs),
+        "ino": None if found.number is None else _number(found.number),
+    }
+
+
+def _layer_at(at: explain.LayerAt) -> Json:
+    return {"index": at.rank, "role": "upper" if at.upper else "lower", "path": _text(at.path)}
+
+
+def _outside(copy: explain.Copy) -> str:
+    """Where a copy is for those who are not in the mount."""
+    return _text(os.path.join(copy.layer.path, copy.path.lstrip(b"/")))
+
+
+def _number(number: explain.Number) -> Json:
+    source = number.source
+    return {
+        "shown": number.shown,
+        "layer": None if source is None else _layer_at(source.layer),
+        "source": None if source is None else _outside(source),
+    }
+
+
+def _decision(decision: explain.Decision | None) -> Json:
+    if decision is None:
+        return None
+    return {"mark": decision.mark, "layer": _layer_at(decision.layer), "path": _text(decision.path)}
+
+
+def _copy(copy: explain.Copy) -> Json:
+    st = copy.st
+    return {
+        "layer": _layer_at(copy.layer),
+        "path": _outside(copy),
+        "role": copy.role,
+        "type": _type(st.st_mode) if copy.whiteout is None else "whiteout",
+        "mode": stat.S_IMODE(st.st_mode),
+        "uid": st.st_uid,
+        "gid": st.st_gid,
+        "size": st.st_size,
+        "mtime_ns": st.st_mtime_ns,
+        "ino": st.st_ino,
+        "dev": _device(st.st_dev),
+        "whiteout": copy.whiteout,
+        "decided_by": _decision(copy.decided_by),
+        "marks": _xattrs(copy.marks),
+    }
+
+
+_NO_OPTIONS: Final = ("explicit", "warnings", "mountpoint")
+
+
+def _options(config: MountConfig) -> dict[str, Json]:
+    """The fields of a configuration by name."""
+    names = (field.name for field in fields(config))
+    return {name: _plain(getattr(config, name)) for name in names if name not in _NO_OPTIONS}
+
+
+def _plain(value: Any) -> Json:
+    if isinstance(value, bytes):
+        return _text(value)
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _resident() -> int:
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def failure(error: OSError) -> RpcError:
+    """The answer to a call that a system call ended."""
+    name = errno.errorcode.get(error.errno or 0, "EIO")
+    where = "" if error.filename is None else f": {os.fsdecode(error.filename)}"
+    return RpcError(FAILED, f"{error.strerror or error}{where}", {"errno": name})
