@@ -149,7 +149,7 @@ class _Walk:
         """What the directories that `at` covers, and is not merged with, have and it has not."""
         assert at.base is not None
         lowers = self._resolver.lower_names(at.base, read=True)
-        gone = set() if lowers is None else lowers.names.keys() - upper.names.keys() - upper.hidden
+        gone = set() if lowers is None else {name for name, _ in lowers.items()} - upper.names.keys() - upper.hidden
         for name in sorted(gone):
             change = self._deleted(at, name)
             if change is not None:

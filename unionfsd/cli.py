@@ -2,6 +2,7 @@
 
 =====================================  ==============================================================
 ``unionfsd [SOURCE] MOUNTPOINT -o ..``  people, podman (no source), mount.fuse3 (source first)
+``unionfsd --config FILE [NAME] ..``     service managers: the mount NAME of a file, see `configfile`
 ``mount.fuse.unionfsd SOURCE DIR ..``   mount(8), when this program is linked there: see `_helper_parser`
 =====================================  ==============================================================
 
@@ -23,11 +24,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _USAGE = "unionfsd [SOURCE] MOUNTPOINT -o OPTION[,OPTION...]... [-f] [-d]"
+_USAGE_CONFIG = "unionfsd --config FILE [NAME] [-o OPTION[,OPTION...]]... [-f] [-d]"
 _ABOUT = """\
 Mount a union of directories: read-only lower layers under a writable upper one.
 The layers are given by -o and are on disk what the kernel's overlayfs has.
 
   -o OPTION[,...]  mount options, see below; may be repeated
+  --config FILE    mount what a TOML file describes, see unionfsd.toml(5); -o adds to it or overrides it
   -f               stay in the foreground
   -d               stay in the foreground and log everything
   -V, --version    print the version
@@ -63,9 +66,8 @@ def _run(arguments: list[str]) -> int:
         return main(["--version"])
     from unionfsd import daemon, options
 
-    source, mountpoint = _places(given.places)
-    parsed = options.parse(_options(given))
-    config = parsed.config(os.fsencode(mountpoint), source, root=os.geteuid() == 0)
+    source, mountpoint, texts = _from_file(given) if given.config else (*_places(given.places), _options(given))
+    config = options.parse(texts).config(os.fsencode(mountpoint), source, root=os.geteuid() == 0)
     if given.namespace is not None:
         raise UserError("-N is not supported", hint="enter the namespace first: nsenter --mount=NAMESPACE mount ...")
     if given.fake:
@@ -82,6 +84,16 @@ def _places(words: list[str]) -> tuple[str, str]:
     return (words[0], words[1]) if len(words) == 2 else ("", words[0])
 
 
+def _from_file(given: argparse.Namespace) -> tuple[str, str, list[str]]:
+    """(source, mountpoint, texts of -o) of a mount that a file describes."""
+    from unionfsd import configfile
+
+    if len(given.places) > 1:
+        raise UserError(f"too many arguments: {' '.join(given.places)}", hint=f"usage: {_USAGE_CONFIG}")
+    described = configfile.read(given.config, *given.places)
+    return "", described.mountpoint, [*described.options, *_options(given)]
+
+
 def _options(given: argparse.Namespace) -> list[str]:
     """All options as texts of -o, those that have a letter of their own included; what comes later wins."""
     _, dot, subtype = given.type.partition(".")
@@ -93,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _common_parser()
     parser.add_argument("-f", dest="foreground", action="store_true")
     parser.add_argument("-d", dest="debug", action="store_true")
+    parser.add_argument("--config", metavar="FILE")
     return parser
 
 
@@ -119,7 +132,7 @@ def _common_parser() -> argparse.ArgumentParser:
     parser.add_argument("-o", dest="options", action="append", default=[])
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("-V", "--version", action="store_true")
-    parser.set_defaults(foreground=False, debug=False, fake=False, type="", namespace=None)
+    parser.set_defaults(foreground=False, debug=False, fake=False, type="", namespace=None, config=None)
     return parser
 
 
@@ -129,7 +142,7 @@ def _help() -> str:
 
     from unionfsd.options.table import GROUPS
 
-    lines = [f"usage: {_USAGE}", "", _ABOUT]
+    lines = [f"usage: {_USAGE}", f"       {_USAGE_CONFIG}", "", _ABOUT]
     for title, rows in GROUPS:
         lines.append(f"{title}:")
         for row in rows:

@@ -115,6 +115,7 @@ class DirNode(Node):
         "heritage",
         "hidden",
         "impure",
+        "leaves",
         "lower_names",
         "probes",
         "snapshot",
@@ -126,6 +127,8 @@ class DirNode(Node):
         self.handle = Holder()
         #: Known children by name; None for none.
         self.children: dict[bytes, Node] | None = None
+        #: The entries of what is only in one lower: one value for all the files of a directory.
+        self.leaves: dict[LowerDir, Entry] | None = None
         #: Merged names of `entry.lowers`, once read: they never change.
         self.lower_names: LowerNames | None = None
         self.probes = 0
@@ -139,10 +142,20 @@ class DirNode(Node):
         #: The listing that a reader is in the middle of.
         self.snapshot: Listing | None = None
 
+    def leaf_entry(self, lower: LowerDir) -> Entry:
+        """The entry of an object that is in `lower`, one of `entry.lowers`, and not a directory."""
+        if self.leaves is None:
+            self.leaves = {}
+        entry = self.leaves.get(lower)
+        if entry is None:
+            entry = self.leaves[lower] = Entry(False, (lower,))
+        return entry
+
     def own_entry(self, entry: Entry) -> None:
         """Take a new entry; what was cached about the layers of the old one goes."""
         if entry.lowers != self.entry.lowers:
             self.lower_names = None
+            self.leaves = None
         self.entry = entry
 
 

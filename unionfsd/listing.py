@@ -30,6 +30,12 @@ DT_REG: Final = 8
 DT_LNK: Final = 10
 
 
+#: What is kept of a name in merged lowers, in one int because there are so many: from the low end its DT_* type, which
+#: lower gives it, and its inode number as the mount shows it.
+_TYPE_BITS: Final = 4
+_LOWER_BITS: Final = 20
+
+
 class LowerName(NamedTuple):
     """A name in merged lowers: its DT_* type, its inode number as the mount shows it, and which lower gives it."""
 
@@ -38,22 +44,49 @@ class LowerName(NamedTuple):
     lower: int
 
 
+def _pack(kind: int, ino: int, lower: int) -> int:
+    return (ino << _LOWER_BITS | lower) << _TYPE_BITS | kind
+
+
+def _unpack(packed: int) -> LowerName:
+    place = packed >> _TYPE_BITS
+    return LowerName(packed & (1 << _TYPE_BITS) - 1, place >> _LOWER_BITS, place & (1 << _LOWER_BITS) - 1)
+
+
 class LowerNames:
     """Merged names of a tuple of lower directories.
 
-    `names`: what each name is. `stacks`: for directories in more than one lower, the indices of all of them, top first
-    (whether one of them is opaque is not looked at here).
+    `stacks`: for directories in more than one lower, the indices of all of them, top first (whether one of them is
+    opaque is not looked at here).
     """
 
-    __slots__ = ("names", "stacks")
+    __slots__ = ("_packed", "stacks")
 
     def __init__(self) -> None:
-        self.names: dict[bytes, LowerName] = {}
+        self._packed: dict[bytes, int] = {}
         self.stacks: dict[bytes, tuple[int, ...]] = {}
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def __contains__(self, name: bytes) -> bool:
+        return name in self._packed
+
+    def get(self, name: bytes) -> LowerName | None:
+        packed = self._packed.get(name)
+        return None if packed is None else _unpack(packed)
+
+    def add(self, name: bytes, kind: int, ino: int, lower: int) -> None:
+        """A name that none of the lowers above has."""
+        self._packed[name] = _pack(kind, ino, lower)
+
+    def items(self) -> Iterator[tuple[bytes, LowerName]]:
+        for name, packed in self._packed.items():
+            yield name, _unpack(packed)
 
     def indices(self, name: bytes) -> tuple[int, ...]:
         """Which lowers give the directory `name`, top first."""
-        return self.stacks.get(name) or (self.names[name].lower,)
+        return self.stacks.get(name) or (_unpack(self._packed[name]).lower,)
 
 
 def read_lowers(lowers: tuple[LowerDir, ...], stack: LayerStack, fds: FdCache) -> LowerNames:
@@ -70,7 +103,7 @@ def _merge_lower(
     merged: LowerNames, closed: set[bytes], index: int, lower: LowerDir, stack: LayerStack, fds: FdCache
 ) -> list[bytes]:
     """Add what `lower` has; `closed` are the names that end above it. Returns what its ``.wh.`` entries hide."""
-    names, hidden = merged.names, []
+    hidden = []
     xwhiteouts = lower.marks(fds).xwhiteouts
     fd = lower.open(fds)
     for entry in lower.layer.scan(fd):
@@ -80,11 +113,11 @@ def _merge_lower(
                 hidden.append(target)
         elif name not in closed:
             kind = entry_type(fd, entry, xwhiteouts=xwhiteouts)
-            known = names.get(name)
+            known = merged.get(name)
             if kind is None or (known is not None and kind != DT_DIR):
                 closed.add(name)
             elif known is None:
-                names[name] = LowerName(kind, stack.entry_ino(lower.layer, entry.inode()), index)
+                merged.add(name, kind, stack.entry_ino(lower.layer, entry.inode()), index)
             elif known.type == DT_DIR:
                 merged.stacks[name] = (*merged.indices(name), index)
     return hidden
@@ -179,6 +212,6 @@ def merge(upper: UpperNames | None, lowers: LowerNames | None) -> Iterator[tuple
             if found is not None:
                 yield name, found[0], found[1]
     if lowers is not None:
-        for name, low in lowers.names.items():
+        for name, low in lowers.items():
             if upper is None or (name not in upper.names and name not in upper.hidden):
                 yield name, low.ino, low.type

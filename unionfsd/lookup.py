@@ -209,12 +209,14 @@ class Resolver:
         names = self.lower_names(parent, may_read=True)
         if names is None:
             return self._probe_lowers(parent.entry.lowers, name)
-        low = names.names.get(name)
+        low = names.get(name)
         if low is None:
             return None
         if low.type == DT_DIR:
             return self._lower_dir_hit(parent.entry.lowers, list(names.indices(name)), name)
-        return self._lower_leaf_hit(parent.entry.lowers[low.lower], name)
+        lower = parent.entry.lowers[low.lower]
+        st = syscalls.stat_at(lower.open(self.fds), name)
+        return Hit(parent.leaf_entry(lower), st, self.stack.ino(st))
 
     def lower_has(self, parent: DirNode, name: bytes) -> bool:
         """Whether a lower of `parent` has `name`, so that deleting it takes a whiteout."""
@@ -222,12 +224,8 @@ class Resolver:
             return False
         names = self.lower_names(parent, may_read=True)
         if names is not None:
-            return name in names.names
+            return name in names
         return self._probe_lowers(parent.entry.lowers, name) is not None
-
-    def _lower_leaf_hit(self, lower: LowerDir, name: bytes) -> Hit:
-        st = syscalls.stat_at(lower.open(self.fds), name)
-        return Hit(Entry(False, (lower,)), st, self.stack.ino(st))
 
     def _lower_dir_hit(self, parents: tuple[LowerDir, ...], indices: list[int], name: bytes) -> Hit:
         """The directory `name` of those of `parents` that have it, whose `indices` are given, top first."""
@@ -328,7 +326,7 @@ class Resolver:
             return None
         names = read_lowers(node.entry.lowers, self.stack, self.fds)
         node.lower_names = names
-        self._keep(node, len(names.names))
+        self._keep(node, len(names))
         return names
 
     def _pays(self, node: DirNode) -> bool:
@@ -369,7 +367,7 @@ class Resolver:
         for name, ino, kind in merge(upper, lowers):
             if name in known:
                 yield name, known[name].ino, kind
-            elif upper is not None and name in upper.names and (impure or (lowers and name in lowers.names)):
+            elif upper is not None and name in upper.names and (impure or (lowers and name in lowers)):
                 hit = self.find(node, name)
                 yield name, ino if hit is None else hit.ino, kind
             else:

@@ -15,6 +15,7 @@ import logging
 import os
 import resource
 import stat
+from collections import OrderedDict
 from collections.abc import Iterator
 from functools import partial
 from typing import Final, NamedTuple
@@ -27,7 +28,7 @@ from .fdcache import FdCache
 from .handles import Handles
 from .inodes import ROOT_ID, DirNode, Node, NodeTable, child
 from .layers import LayerStack, open_stack
-from .listing import Dirent
+from .listing import Dirent, Listing
 from .lookup import Hit, Resolver
 from .metrics import Counters, Holdings, Statistics
 from .mutations import Caller, Mutations
@@ -44,6 +45,8 @@ log = logging.getLogger(__name__)
 #: Descriptors left for everything that is not a cached one.
 _SPARE_FDS: Final = 256
 _MAX_CACHED_FDS: Final = 65536
+#: Snapshots of directories kept for readers in the middle of them; one that was dropped is made anew.
+_MAX_READERS: Final = 64
 
 
 class Found(NamedTuple):
@@ -67,7 +70,8 @@ class Union:
         self._fds = FdCache(_fd_budget())
         self._resolver = Resolver(stack, self._fds, follow_redirects=config.redirect_dir != "nofollow")
         root = self._resolver.root()
-        self._table = NodeTable(root.entry, root.ino, self._fds, self._resolver.released)
+        self._readers: OrderedDict[DirNode, None] = OrderedDict()
+        self._table = NodeTable(root.entry, root.ino, self._fds, self._dropped)
         copy_up = None if work is None else CopyUp(self._resolver, work, self._fds, self.counters)
         self._mutations = None
         if work is not None and copy_up is not None:
@@ -94,6 +98,10 @@ class Union:
         except BaseException:
             stack.close()
             raise
+
+    def _dropped(self, node: DirNode) -> None:
+        self._resolver.released(node)
+        self._end_reading(node)
 
     def _change(self) -> Mutations:
         if self._mutations is None or self.config.ro:
@@ -295,7 +303,19 @@ class Union:
         node = self._table.directory(nodeid)
         if node.snapshot is None or cookie == 0:
             node.snapshot = self._resolver.listing(node)
-        return node.snapshot.after(cookie)
+            self._readers[node] = None
+            if len(self._readers) > _MAX_READERS:
+                self._readers.popitem(last=False)[0].snapshot = None
+        return self._read_on(node, node.snapshot, cookie)
+
+    def _read_on(self, node: DirNode, snapshot: Listing, cookie: int) -> Iterator[Dirent]:
+        yield from snapshot.after(cookie)
+        if node.snapshot is snapshot:
+            self._end_reading(node)
+
+    def _end_reading(self, node: DirNode) -> None:
+        self._readers.pop(node, None)
+        node.snapshot = None
 
     def parent(self, nodeid: int) -> int:
         """nodeid of the directory that "." of `nodeid` has as ".."; the root is its own."""
@@ -304,7 +324,7 @@ class Union:
 
     def releasedir(self, nodeid: int) -> None:
         """No reader is in the middle of the directory's listing any more."""
-        self._table.directory(nodeid).snapshot = None
+        self._end_reading(self._table.directory(nodeid))
 
     # The mount as a whole.
 

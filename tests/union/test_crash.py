@@ -1,14 +1,15 @@
 """The crash and the fault matrix: every operation is cut off at each of its system calls.
 
-Crash: a child process runs the operation and is gone in front of the nth call that changes a file system. Whoever
-mounts the layers next must find the view of before or that of after, and an empty work directory; kernel overlayfs must
-agree. Fault: the nth call fails instead, and the operation must clean up after itself in the same way.
+Crash: everything stops in front of the nth call that changes a file system. Whoever mounts the layers next must find
+the view of before or that of after, and an empty work directory; kernel overlayfs must agree. Fault: the nth call fails
+instead, and the operation must clean up after itself in the same way.
 
 UNIONFSD_EVERY_CRASH=1 runs all pairs of states for operations on two names, not only those that differ in kind.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import itertools
@@ -16,18 +17,19 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TypeAlias
 
 import pytest
 
 from tests.union.client import UMASK, Client, union_snapshot
 from tests.union.scenarios import SINGLE, Operation, Scenario, double_scenarios, single_scenarios
+from tests.union.seam import CRASHED, Exiting, Failing, Seam, StoppedError, Stopping
 from tests.union.stack import Stack, has_kernel_overlayfs, scratch_directory
 from tests.union.trees import Tree, diff, settled, snapshot, timeless
-from unionfsd import syscalls
 from unionfsd.union import Union
 
-CRASHED = 42
+Crash: TypeAlias = Callable[["Case", Stack, int], None]
+
 EVERY = bool(os.environ.get("UNIONFSD_EVERY_CRASH"))
 SCENARIOS = [*single_scenarios(), *double_scenarios(every=EVERY)]
 #: The operations that write or replace whiteouts, where every kind of state occurs.
@@ -35,6 +37,10 @@ DELETING = [
     s
     for s in SCENARIOS
     if s.name.split(",")[0] in ("create", "mkdir", "unlink", "rmdir", "rename", "link") and "merged parent" in s.name
+]
+#: One state for each operation.
+SAMPLE = [
+    s for s in SCENARIOS if s.name.endswith((", lower file, merged parent", "lower file to whiteout, merged parents"))
 ]
 KERNEL = has_kernel_overlayfs()
 
@@ -47,37 +53,6 @@ def umask() -> Iterator[None]:
     before = os.umask(UMASK)
     yield
     os.umask(before)
-
-
-class Seam:
-    """Counts the calls of `syscalls.MUTATING` and does `event` instead of the one with that index, from 0."""
-
-    def __init__(self, index: int, event: Callable[[], Any]) -> None:
-        self.calls: list[str] = []
-        self._index = index
-        self._event = event
-        self._patch = pytest.MonkeyPatch()
-
-    def __enter__(self) -> Seam:
-        for name in syscalls.MUTATING:
-            self._patch.setattr(syscalls, name, self._wrapped(name, getattr(syscalls, name)))
-        return self
-
-    def _wrapped(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.calls.append(name)
-            if len(self.calls) == self._index + 1:
-                self._event()
-            return function(*args, **kwargs)
-
-        return call
-
-    def __exit__(self, *exc: object) -> None:
-        self._patch.undo()
-
-
-def nothing() -> None:
-    """The event of a run that is only counted."""
 
 
 def attempt(operation: Operation, client: Client) -> int:
@@ -103,7 +78,7 @@ class Case:
         self.verified: list[Tree] = []
         stack = self.stack()
         self.before = self.view(stack)
-        with Seam(-1, nothing) as seam:
+        with Seam() as seam:
             union = self.union(stack)
             mounting = len(seam.calls)
             self.errno = attempt(scenario.operation, Client(union))
@@ -164,15 +139,25 @@ def in_child(work: Callable[[], None]) -> int:
         os._exit(status)
 
 
-def crash(case: Case, stack: Stack, index: int) -> int:
-    """Mount and run the operation in a child that is gone in front of its call `index`."""
+def crash(case: Case, stack: Stack, index: int) -> None:
+    """Mount, run the operation, and stop for good in front of its call `index`."""
+    union = case.union(stack)
+    with Stopping(index) as seam:
+        with contextlib.suppress(StoppedError):
+            attempt(case.scenario.operation, Client(union))
+        assert seam.stopped
+        union.close()
+
+
+def crash_in_child(case: Case, stack: Stack, index: int) -> None:
+    """The same by a process that exits."""
 
     def work() -> None:
         client = Client(case.union(stack))
-        with Seam(index, lambda: os._exit(CRASHED)):
+        with Exiting(index):
             attempt(case.scenario.operation, client)
 
-    return in_child(work)
+    assert in_child(work) == CRASHED
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
@@ -180,13 +165,18 @@ def test_crash(scenario: Scenario, scratch: bytes) -> None:
     crash_everywhere(Case(scenario, scratch))
 
 
-def crash_everywhere(case: Case) -> None:
+def crash_everywhere(case: Case, crash: Crash = crash) -> None:
     if case.errno:
         assert case.after == case.before
     for index in range(len(case.calls)):
         stack = case.stack()
-        assert crash(case, stack, index) == CRASHED
+        crash(case, stack, index)
         case.must_be_whole(case.view(stack), f"crash in front of call {index}")
+
+
+@pytest.mark.parametrize("scenario", SAMPLE, ids=lambda scenario: scenario.name)
+def test_crash_of_a_process(scenario: Scenario, scratch: bytes) -> None:
+    crash_everywhere(Case(scenario, scratch), crash_in_child)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
@@ -199,7 +189,7 @@ def fail_everywhere(case: Case) -> None:
         number = errno.ENOSPC if index % 2 else errno.EIO
         stack = case.stack()
         union = case.union(stack)
-        with Seam(index, functools.partial(fail, number)):
+        with Failing(index, number):
             got = attempt(case.scenario.operation, Client(union))
         seen = case.comparable(union_snapshot(union))
         union.close()
@@ -223,10 +213,6 @@ def test_other_whiteouts(scenario: Scenario, whiteout: str, scratch: bytes) -> N
     fail_everywhere(case)
 
 
-def fail(number: int) -> None:
-    raise OSError(number, os.strerror(number))
-
-
 @pytest.mark.parametrize("name", ["create", "mkdir", "unlink", "rmdir", "write"])
 def test_crash_of_the_recovery(name: str, scratch: bytes) -> None:
     """Whoever mounts after a crash may crash as well, in front of each of its own calls."""
@@ -236,7 +222,7 @@ def test_crash_of_the_recovery(name: str, scratch: bytes) -> None:
     for index in first_of_each_litter(case):
         for second in itertools.count():
             stack = case.stack()
-            assert crash(case, stack, index) == CRASHED
+            crash_in_child(case, stack, index)
             status = in_child(functools.partial(mount, stack, second))
             case.must_be_whole(case.view(stack), f"crash in front of call {index}, then {second} of the mount")
             if status != CRASHED:
@@ -249,14 +235,14 @@ def first_of_each_litter(case: Case) -> list[int]:
     found: dict[tuple[str, ...], int] = {}
     for index in range(len(case.calls)):
         stack = case.stack()
-        assert crash(case, stack, index) == CRASHED
+        crash_in_child(case, stack, index)
         found.setdefault(tuple(stack.litter()), index)
     return list(found.values())
 
 
 def mount(stack: Stack, index: int) -> None:
     """Mount and crash in front of the mount's own call `index`."""
-    with Seam(index, lambda: os._exit(CRASHED)):
+    with Exiting(index):
         stack.union()
 
 
@@ -278,7 +264,7 @@ def test_copy_up_is_synced_before_it_is_published(scratch: bytes, volatile: bool
     scenario = next(s for s in SCENARIOS if s.name == "chmod, lower file, merged parent")
     os.mkdir(scratch + b"/0")
     union = Stack(scratch + b"/0", [scenario.lower], scenario.upper).union(volatile=volatile)
-    with Seam(-1, nothing) as seam:
+    with Seam() as seam:
         scenario.operation(Client(union))
     union.close()
     publish = min(seam.calls.index(name) for name in ("renameat2", "link_fd", "link_at") if name in seam.calls)

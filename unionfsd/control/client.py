@@ -18,7 +18,7 @@ from unionfsd.control.protocol import Json
 SILENCE: Final = 30.0
 
 
-class Failed(Exception):
+class CallFailedError(Exception):
     """The mount answered with an error: its `code` and `data` as in JSON-RPC."""
 
     def __init__(self, code: int, message: str, data: Json) -> None:
@@ -27,7 +27,7 @@ class Failed(Exception):
         self.data = data
 
 
-class Gone(Exception):
+class GoneError(Exception):
     """Nobody serves the socket, or whoever does has hung up."""
 
 
@@ -47,7 +47,10 @@ class Client:
         self._next = 1
 
     def call(self, method: str, *, notified: Callable[[str, Json], None] | None = None, **params: Json) -> Json:
-        """The result of `method`; what the mount sends on the way goes to `notified`. Failed, Gone, TimeoutError."""
+        """The result of `method`; what the mount sends on the way goes to `notified`.
+
+        CallFailedError, GoneError, TimeoutError.
+        """
         identity, self._next = self._next, self._next + 1
         try:
             self._socket.sendall(protocol.encode(protocol.call(method, params, identity)))
@@ -66,10 +69,10 @@ class Client:
         except ConnectionError:
             line = b""
         if not line.endswith(b"\n"):
-            raise Gone("the daemon hung up")
+            raise GoneError("the daemon hung up")
         message = json.loads(line)
         if not isinstance(message, dict):
-            raise Gone("the daemon does not speak JSON-RPC")
+            raise GoneError("the daemon does not speak JSON-RPC")
         return message
 
     def close(self) -> None:
@@ -87,7 +90,7 @@ class Client:
 def _result(message: dict[str, Json]) -> Json:
     error = message.get("error")
     if error is not None:
-        raise Failed(error["code"], error["message"], error.get("data"))
+        raise CallFailedError(error["code"], error["message"], error.get("data"))
     return message["result"]
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import trio
 
-from unionfsd import __version__, changes, explain, mountinfo, usage
+from unionfsd import __version__, changes, explain, mountinfo, syscalls, usage
 from unionfsd.control import schema
 from unionfsd.control.mounted import Mounted
 from unionfsd.control.protocol import FAILED, UNSUPPORTED, Json, RpcError
@@ -72,6 +72,7 @@ class Methods:
     async def status(self, call: Call) -> Json:
         mounted, config = self._mounted, self._config
         line = self._line()
+        given = {*config.explicit, "lowerdir", "flags"}
         return {
             "mountpoint": _text(line.path if line else config.mountpoint),
             "mounted": line is not None,
@@ -87,7 +88,7 @@ class Methods:
             "layers": [_layer(*row) for row in self._layers()],
             "version": __version__,
             "uptime": round(monotonic() - mounted.since, 3),
-            "options": {name: value for name, value in _options(config).items() if name in config.explicit},
+            "options": {name: value for name, value in _options(config).items() if name in given},
         }
 
     def _line(self) -> mountinfo.MountLine | None:
@@ -379,13 +380,16 @@ def _copy(copy: explain.Copy) -> Json:
     }
 
 
-_NO_OPTIONS: Final = ("explicit", "warnings", "mountpoint")
+_NO_OPTIONS: Final = ("explicit", "warnings", "mountpoint", "lowerdirs", "mount_flags")
+_FLAGS: Final = {name[3:].lower(): getattr(syscalls, name) for name in dir(syscalls) if name.startswith("MS_")}
 
 
 def _options(config: MountConfig) -> dict[str, Json]:
-    """The fields of a configuration by name."""
-    names = (field.name for field in fields(config))
-    return {name: _plain(getattr(config, name)) for name in names if name not in _NO_OPTIONS}
+    """Options by name; those that are flags of mount(2) together under "flags"."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    flags = [name for name, bit in _FLAGS.items() if config.mount_flags & bit]
+    shown = {name: _plain(value) for name, value in values.items() if name not in _NO_OPTIONS}
+    return {"lowerdir": _plain(config.lowerdirs), **shown, "flags": flags}
 
 
 def _plain(value: Any) -> Json:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pyfuse3
 
 from unionfsd.fuse.driver import drive
+from unionfsd.fuse.names import killed
 from unionfsd.union import Caller, SetAttr
 
 if TYPE_CHECKING:
@@ -204,11 +205,8 @@ class _Operations(pyfuse3.Operations):
     def _emptied(self, nodeid: int, ctx: pyfuse3.RequestContext) -> SetAttr:
         """What O_TRUNC does to a file. libfuse always has the open itself truncate (FUSE_ATOMIC_O_TRUNC), and then the
         kernel leaves it to us to take setuid and setgid off; who has CAP_FSETID we can only guess from the uid."""
-        if ctx.uid == 0:
-            return SetAttr(size=0)
-        mode = self._union.getattr(nodeid).st.st_mode
-        dropped = stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0)
-        return SetAttr(size=0, mode=stat.S_IMODE(mode) & ~dropped if mode & dropped else None)
+        mode = None if ctx.uid == 0 else killed(self._union.getattr(nodeid).st.st_mode)
+        return SetAttr(size=0, mode=mode)
 
     @_handler
     def release(self, fh: int) -> None:

@@ -96,7 +96,10 @@ class Mount:
         return int(told[0]) if told else None
 
     def unmount(self, *, lazy: bool = True) -> Unmounted:
-        """Unmount; a busy mount only if `lazy`. May block until dirty pages are written, so not for the serving thread."""
+        """Unmount, a busy mount only if `lazy`.
+
+        May block until dirty pages are written, so not for the serving thread.
+        """
         if self.place is None:
             return Unmounted.KEPT
         now = list(mounts())

@@ -1,0 +1,170 @@
+"""The command line of ``unionfsctl``: the table of its verbs, and from words to exit codes.
+
+=====  ==================================================================================
+0      done
+1      the mount said no: no such path, busy, or a failed system call; its words are printed
+2      wrong usage
+5      no mount of ours there, or nobody answers
+70     a defect
+=====  ==================================================================================
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+from unionfsd import __version__
+from unionfsd.errors import INTERNAL, MOUNT, UserError
+
+if TYPE_CHECKING:
+    import argparse
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """A word of a verb: `name` starts with dashes for an option. `settings` are argparse's."""
+
+    name: str
+    help: str
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """A row of the table. The function of its name is in the module `where` of this package."""
+
+    name: str
+    help: str
+    arguments: tuple[Argument, ...]
+    where: str = "verbs"
+
+    @property
+    def function(self) -> str:
+        return self.name.replace("-", "_")
+
+
+_PATH: Final = Argument("path", "the mountpoint, or any path under it", {"nargs": "?", "default": "."})
+_ONE: Final = Argument("path", "a path on the mount; a symlink is not followed", {})
+
+VERBS: Final[tuple[Verb, ...]] = (
+    Verb("status", "what a mount is, and that it answers", (_PATH,)),
+    Verb("ps", "list all mounts, and find dead ones", (), "fleet"),
+    Verb("explain", "why the mount shows what it shows under a path", (_ONE,)),
+    Verb("diff", "what the upper changes: added, changed, deleted", (_PATH,)),
+    Verb("layers", "the layers, and what the upper can do", (_PATH,)),
+    Verb(
+        "du",
+        "the space that the upper takes, by directory",
+        (_PATH, Argument("--depth", "levels of directories to list (default: 1)", {"type": int, "default": 1})),
+    ),
+    Verb("stats", "what a mount did, and what it holds", (_PATH,)),
+    Verb("options", "the mount options in force", (_PATH,)),
+    Verb("sync", "put the upper on disk", (_PATH,)),
+    Verb(
+        "log",
+        "the level of the log, and a new one",
+        (
+            _PATH,
+            Argument("--level", "the new one", {"choices": ("debug", "info", "warning", "error"), "default": None}),
+        ),
+    ),
+    Verb(
+        "unmount",
+        "unmount",
+        (_PATH, Argument("--lazy", "also while it is in use", {"action": "store_true"})),
+    ),
+    Verb(
+        "reap",
+        "take away the mounts whose daemon is dead, and their sockets",
+        (Argument("--dry-run", "only say which", {"action": "store_true"}),),
+        "fleet",
+    ),
+    Verb(
+        "metrics",
+        "figures of a mount, or of all, for Prometheus",
+        (Argument("path", "a path on the mount (default: all mounts)", {"nargs": "?", "default": None}),),
+        "fleet",
+    ),
+    Verb("discover", "all methods of the control socket, as OpenRPC", (_PATH,)),
+    Verb(
+        "call",
+        "call any method of the control socket",
+        (
+            _ONE,
+            Argument("method", "its name", {}),
+            Argument("params", "an object in JSON (default: {})", {"nargs": "?", "default": "{}"}),
+        ),
+    ),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `argv` (the process's own); returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments)
+    except UserError as error:
+        print(f"unionfsctl: {error}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        _silence()
+        return 141  # what a shell reports for a command that SIGPIPE ended
+
+
+def _silence() -> None:
+    """Whoever read our output has gone; what is still in the buffer must not fail at exit."""
+    import os
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments in (["--version"], ["-V"]):
+        print(f"unionfsctl {__version__}")
+        return 0
+    given = parser().parse_args(arguments)
+    from importlib import import_module
+
+    from unionfsd.control.client import CallFailedError, GoneError
+
+    function = getattr(import_module(f"unionfsd.ctl.{given.verb.where}"), given.verb.function)
+    try:
+        code: int = function(given)
+        sys.stdout.flush()
+    except CallFailedError as error:
+        raise UserError(str(error), code=1) from None
+    except (GoneError, TimeoutError) as error:
+        raise UserError(f"the daemon does not answer: {error}", code=MOUNT) from None
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(str(error), code=INTERNAL) from error
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser, made of the table."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UserError(message, hint=f"{self.prog} --help tells more")
+
+    common = Parser(add_help=False, allow_abbrev=False)
+    common.add_argument("--json", action="store_true", help="print JSON")
+    top = Parser(prog="unionfsctl", description="Ask mounts of unionfsd, and act on them.", allow_abbrev=False)
+    top.add_argument("-V", "--version", action="version", version=f"unionfsctl {__version__}")
+    verbs = top.add_subparsers(metavar="VERB", required=True, parser_class=Parser)
+    for verb in VERBS:
+        row = verbs.add_parser(verb.name, help=verb.help, description=verb.help, parents=[common], allow_abbrev=False)
+        row.set_defaults(verb=verb)
+        for argument in verb.arguments:
+            row.add_argument(argument.name, help=argument.help, **argument.settings)
+        if any(argument.name == "path" for argument in verb.arguments) and verb.where == "verbs":
+            row.add_argument("--socket", metavar="SOCKET", help="ask this socket; PATH is then from the mount's root")
+    return top

@@ -1,0 +1,298 @@
+"""The verbs of ``unionfsctl`` that ask one mount, each a function from the arguments to an exit code.
+
+What a mount answers is printed as it is with ``--json``, else for people. Names are printed so that they cannot drive the
+terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from unionfsd.ctl import find, show
+from unionfsd.errors import OK
+
+if TYPE_CHECKING:
+    import argparse
+
+    from unionfsd.control.protocol import Json
+
+#: The mount said no, or that there is no such thing.
+NEGATIVE: Final = 1
+
+
+class Asked:
+    """A mount, its answer to come: `given` are the arguments, `inside` the path in the mount."""
+
+    def __init__(self, given: argparse.Namespace, *, silence: float | None = 30.0) -> None:
+        socket = getattr(given, "socket", None)
+        path = os.fsencode(given.path)
+        target = find.Target(os.fsencode(socket), path) if socket else find.locate(path)
+        self.inside = target.inside.decode("utf-8", "surrogateescape")
+        self.client = find.connect(target.socket, silence)
+
+    def __enter__(self) -> Asked:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.client.close()
+
+
+def ask(given: argparse.Namespace, method: str, **params: Json) -> Json:
+    """The result of a method that answers at once."""
+    with Asked(given) as asked:
+        return asked.client.call(method, **params)
+
+
+def out(given: argparse.Namespace, value: Json, human: Callable[[Any], str]) -> int:
+    """Print a result: as JSON if that was asked for."""
+    text = json.dumps(value, indent=2) if given.json else human(value)
+    if text:
+        print(text)
+    return OK
+
+
+def status(given: argparse.Namespace) -> int:
+    return out(given, ask(given, "status"), _status)
+
+
+def _status(value: Json) -> str:
+    rows = [
+        ("state", "serving" if value["mounted"] else "serving, detached"),
+        ("for", show.duration(value["uptime"])),
+        ("pid", f"{value['pid']} of user {value['owner']}"),
+        ("transport", f"{value['transport']}, {value['io']}"),
+        (
+            "access",
+            "read-only" if value["read_only"] else "read-write, volatile" if value["volatile"] else "read-write",
+        ),
+        ("socket", show.name(value["socket"])),
+        ("version", value["version"]),
+        *((layer["role"], show.name(layer["path"])) for layer in value["layers"]),
+    ]
+    return show.styled(show.name(value["mountpoint"]), "bold") + "\n" + _indented(show.table(rows))
+
+
+def _indented(text: str) -> str:
+    return "\n".join("  " + line for line in text.splitlines())
+
+
+def layers(given: argparse.Namespace) -> int:
+    return out(given, ask(given, "layers"), _layers)
+
+
+def _layers(value: Json) -> str:
+    rows = [
+        (
+            str(layer["index"]),
+            layer["role"],
+            layer["dev"],
+            "private" if layer["private"] else "",
+            f"{show.size(layer['available'])} free",
+            show.name(layer["path"]),
+        )
+        for layer in value["layers"]
+    ]
+    text = show.table(rows, ("#", "role", "device", "held", "space", "directory"), right=(0, 4))
+    upper = value["upper"]
+    if upper is not None:
+        able = [word for word in ("tmpfile", "exchange", "rename_whiteout") if upper[word]]
+        text += f"\nwhiteouts: {upper['whiteout']}; marks: {upper['xattrs'] or 'none'}; can: {', '.join(able) or '-'}"
+    return text
+
+
+def stats(given: argparse.Namespace) -> int:
+    return out(given, ask(given, "stats"), _stats)
+
+
+def _stats(value: Json) -> str:
+    memory = value["memory"]
+    rows = [
+        *((name.replace("_", " "), f"{count:,}") for name, count in value["counters"].items()),
+        ("nodes", f"{value['nodes']:,}"),
+        ("descriptors", f"{value['fds']:,} ({value['cached_fds']:,} cached, at most {value['fd_limit']:,})"),
+        ("memory", f"{show.size(memory['resident'])}, {show.size(memory['peak'])} at most"),
+        ("processor time", f"{value['cpu']:.2f} s in {show.duration(value['uptime'])}"),
+    ]
+    return show.table(rows)
+
+
+def explain(given: argparse.Namespace) -> int:
+    with Asked(given) as asked:
+        value = asked.client.call("explain", path=asked.inside)
+    out(given, value, _explain)
+    return OK if value["exists"] else NEGATIVE
+
+
+def _explain(value: Json) -> str:
+    path = show.name(value["path"])
+    copies = value["copies"]
+    if value["exists"]:
+        kind = next(copy["type"] for copy in copies if copy["role"] == "gives")
+        lines = [f"{show.styled(path, 'bold')}: {kind} from {_layer(value['layer'])}"]
+    else:
+        lines = [f"{show.styled(path, 'bold')}: not in the union{_because(value['decided_by'])}"]
+    rows = [(_role(copy), copy["type"], f"{copy['mode']:04o}", f"{copy['uid']}:{copy['gid']}") for copy in copies]
+    if rows:
+        places = [show.name(copy["path"]) for copy in copies]
+        lines += _indented(show.table([(*row, place) for row, place in zip(rows, places, strict=True)])).splitlines()
+    lines += [_indented(f"{where}: {name} = {data}") for where, name, data in _marks(value)]
+    if value["ino"] is not None:
+        source = value["ino"]["source"]
+        lines.append(_indented(f"inode {value['ino']['shown']}" + (f", of {show.name(source)}" if source else "")))
+    return "\n".join(lines)
+
+
+def _role(copy: Json) -> str:
+    if copy["whiteout"] is not None:
+        return f"whiteout ({copy['whiteout']})"
+    return copy["role"] + (_because(copy["decided_by"]) if copy["role"] == "hidden" else "")
+
+
+def _because(decision: Json) -> str:
+    if decision is None:
+        return ""
+    return f": {decision['mark']} {show.name(decision['path'])} in {_layer(decision['layer'])}"
+
+
+def _layer(layer: Json) -> str:
+    number = f" {layer['index']}" if layer["role"] == "lower" else ""
+    return f"{layer['role']}{number} {show.name(layer['path'])}"
+
+
+def _marks(value: Json) -> list[tuple[str, str, str]]:
+    import base64
+
+    found = [("xattr", name, data) for name, data in value["xattrs"].items()]
+    for copy in value["copies"]:
+        found += [(f"mark in {_layer(copy['layer'])}", name, data) for name, data in copy["marks"].items()]
+    return [(show.name(where), show.name(name), _value(base64.b64decode(data))) for where, name, data in found]
+
+
+def _value(data: bytes) -> str:
+    text = data.decode("ascii", "replace")
+    return f'"{text}"' if text.isprintable() and text.isascii() else "0x" + data.hex()
+
+
+def diff(given: argparse.Namespace) -> int:
+    """A line for each change, printed as they come."""
+    items: list[Json] = []
+    progress = show.Progress("diff")
+
+    def notified(method: str, params: Json) -> None:
+        if method == "progress":
+            progress.update(params["done"])
+        elif given.json:
+            items.extend(params["items"])
+        else:
+            progress.clear()
+            print("\n".join(_change(item) for item in params["items"]))
+
+    with Asked(given) as asked:
+        value = asked.client.call(
+            "diff", notified=notified, path=asked.inside, stream=True, progress=sys.stderr.isatty()
+        )
+    progress.clear()
+    if given.json:
+        print(json.dumps(value | {"items": items}, indent=2))
+    return OK
+
+
+_CHANGE_STYLES: Final = {"added": "green", "changed": "yellow", "deleted": "red"}
+
+
+def _change(item: Json) -> str:
+    details = item["fields"] + ([f"renamed from {show.name(item['renamed_from'])}"] if item["renamed_from"] else [])
+    slash = "/" if item["type"] == "directory" else ""
+    line = show.styled(f"{item['kind']:<7}", _CHANGE_STYLES[item["kind"]]) + f" {show.name(item['path'])}{slash}"
+    return line + (f"  ({', '.join(details)})" if details else "")
+
+
+def du(given: argparse.Namespace) -> int:
+    progress = show.Progress("du")
+    with Asked(given) as asked:
+        value = asked.client.call(
+            "du",
+            notified=lambda _, params: progress.update(params["done"]),
+            path=asked.inside,
+            depth=given.depth,
+            progress=sys.stderr.isatty(),
+        )
+    progress.clear()
+    return out(given, value, _du)
+
+
+def _du(value: Json) -> str:
+    if value["total"] is None:
+        return "nothing of it is in the upper"
+    rows = [
+        (
+            show.size(row["disk"]),
+            show.size(row["apparent"]),
+            f"{row['objects']:,}",
+            f"{row['whiteouts']:,}",
+            row["path"],
+        )
+        for row in (value["total"], *value["items"])
+    ]
+    shown = [(*row[:4], show.name(row[4])) for row in rows]
+    return show.table(shown, ("on disk", "apparent", "objects", "whiteouts", "directory"), right=(0, 1, 2, 3))
+
+
+def options(given: argparse.Namespace) -> int:
+    return out(given, ask(given, "options"), _options)
+
+
+def _options(value: Json) -> str:
+    given = set(value["explicit"])
+    rows = [(name, "given" if name in given else "", _plain(setting)) for name, setting in value["options"].items()]
+    return "\n".join([show.table(rows, ("option", "", "value")), *map(show.name, value["warnings"])])
+
+
+def _plain(setting: Json) -> str:
+    if isinstance(setting, bool):
+        return "yes" if setting else "no"
+    if isinstance(setting, list):
+        return ":".join(map(_plain, setting)) or "-"
+    return "-" if setting is None else show.name(str(setting))
+
+
+def sync(given: argparse.Namespace) -> int:
+    with Asked(given, silence=None) as asked:
+        value = asked.client.call("sync")
+    return out(given, value, lambda _: "volatile: nothing is synced" if value["volatile"] else "")
+
+
+def log(given: argparse.Namespace) -> int:
+    value = ask(given, "log", level=given.level)
+    return out(given, value, lambda _: value["level"])
+
+
+def unmount(given: argparse.Namespace) -> int:
+    with Asked(given, silence=None) as asked:
+        value = asked.client.call("unmount", lazy=given.lazy)
+    busy = "busy: somebody uses it, or something is mounted over it; --lazy detaches a mount in use"
+    out(
+        given,
+        value,
+        lambda _: {"gone": "", "detached": "detached: it ends when its last user leaves"}.get(value["result"], busy),
+    )
+    return NEGATIVE if value["result"] == "busy" else OK
+
+
+def discover(given: argparse.Namespace) -> int:
+    """What the daemon itself says that it can do; always JSON."""
+    print(json.dumps(ask(given, "rpc.discover"), indent=2))
+    return OK
+
+
+def call(given: argparse.Namespace) -> int:
+    """Any method, with parameters in JSON; always JSON."""
+    params = json.loads(given.params)
+    with Asked(given, silence=None) as asked:
+        value = asked.client.call(given.method, notified=lambda *said: print(json.dumps(said)), **params)
+    print(json.dumps(value, indent=2))
+    return OK
