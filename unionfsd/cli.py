@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _USAGE = "unionfsd [SOURCE] MOUNTPOINT -o OPTION[,OPTION...]... [-f] [-d]"
-_USAGE_CONFIG = "unionfsd --config FILE [NAME] [-o OPTION[,OPTION...]]... [-f] [-d]"
+_USAGE_CONFIG = "unionfsd --config FILE [NAME] [-o OPTION[,...]]... [-f] [-d]"
 _ABOUT = """\
 Mount a union of directories: read-only lower layers under a writable upper one.
 The layers are given by -o and are on disk what the kernel's overlayfs has.
 
   -o OPTION[,...]  mount options, see below; may be repeated
-  --config FILE    mount what a TOML file describes, see unionfsd.toml(5); -o adds to it or overrides it
+  --config FILE    mount what a TOML file describes, see unionfsd.toml(5);
+                   options given by -o count more than those of the file
   -f               stay in the foreground
   -d               stay in the foreground and log everything
   -V, --version    print the version

@@ -32,7 +32,7 @@ from typing import Any, Final, NoReturn
 
 from unionfsd import options
 from unionfsd.errors import UserError, reason
-from unionfsd.options.table import OPTIONS, Option, Value
+from unionfsd.options.table import OPTIONS, Option, Security, Value
 from unionfsd.options.text import read_path
 
 _BY_NAME: Final = {option.name: option for option in OPTIONS if option.name not in ("x-*", "lowerdir+")}
@@ -122,8 +122,9 @@ class _Document:
                 self._refuse(where, f"'{key}' must be a table", f"write [{'.'.join(where)}]")
         return dict(table)
 
-    def _pieces(self, where: tuple[str, ...]) -> Iterator[str]:
-        """What the keys of a table say, as text of -o."""
+    def _pieces(self, where: tuple[str, ...]) -> list[str]:
+        """What the keys of a table say, as texts of -o."""
+        said: list[str] = []
         for key, value in self._table(where).items():
             if key == "mountpoint" and where != ("defaults",):
                 continue
@@ -132,7 +133,8 @@ class _Document:
                 options.parse(pieces)
             except UserError as error:
                 self._refuse((*where, key), error.message, error.hint)
-            yield from pieces
+            said += pieces
+        return said
 
     def _say(self, where: tuple[str, ...], value: object) -> Iterator[str]:
         """A key and its value as text of -o; more than one for lowerdir."""
@@ -149,15 +151,16 @@ class _Document:
             if not isinstance(value, bool):
                 self._refuse(where, f"{key} must be true or false")
             yield from [key] if value else _opposite(key)
+        elif isinstance(option.effect, Value) and option.effect.read is read_path:
+            yield f"{key}={_escaped(self._absolute(where, value))}"
+        elif isinstance(option.effect, Security):
+            yield f'{key}="{self._string(where, value)}"'
         elif isinstance(value, bool):
             yield f"{key}={'on' if value else 'off'}"
         elif isinstance(value, int | float):
             yield f"{key}={value}"
         else:
-            path = isinstance(option.effect, Value) and option.effect.read is read_path
-            text = self._absolute(where, value) if path else self._string(where, value)
-            quoted = option.argument.startswith('"')
-            yield f'{key}="{text}"' if quoted else f"{key}={_escaped(text)}"
+            yield f"{key}={_escaped(self._string(where, value))}"
 
     def _option(self, where: tuple[str, ...]) -> Option:
         option = _BY_NAME.get(where[-1])
@@ -216,5 +219,5 @@ def _syntax_error(path: str, text: str, message: str) -> UserError:
     if match is None:
         return UserError(f"{path}: {message}")
     what, line, column = match.groups()
-    place = f"{line}:{column}" if line else str(max(text.count("\n"), 1))
+    place = f"{line}:{column}" if line else str(text.rstrip("\n").count("\n") + 1)
     return UserError(f"{path}:{place}: {what}", hint="the file must be TOML: https://toml.io")

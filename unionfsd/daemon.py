@@ -211,6 +211,10 @@ async def _serve_until_gone(
     def answering() -> None:
         control.listen(mount.number)
         started()
+        if systemd.listening():
+            from unionfsd import service
+
+            nursery.start_soon(service.report, union)
         nursery.start_soon(_serve_clients, control, _mounted(union, mount, control, config))
 
     failure: Exception | None = None
@@ -268,7 +272,10 @@ def _mounted(union: Union, mount: Mount, control: Control, config: MountConfig) 
 
 
 async def _stop_on_signals(mount: Mount, nursery: trio.Nursery, task_status: trio.TaskStatus[None]) -> None:
-    """Unmount at the first signal, which ends the transport once nobody is left inside; give up at the second."""
+    """Unmount at the first signal, which ends the transport once nobody is left inside; give up at the second.
+
+    SIGHUP, the end of a terminal, means to a service that it should reload.
+    """
     import trio
 
     heeded = set(_STOP_SIGNALS)
@@ -279,6 +286,11 @@ async def _stop_on_signals(mount: Mount, nursery: trio.Nursery, task_status: tri
         task_status.started()
         stopping = False
         async for number in signals:
+            if number == signal.SIGHUP and systemd.listening():
+                from unionfsd import service
+
+                service.reload()
+                continue
             log.info("stopping: %s", signal.Signals(number).name)
             if stopping:
                 nursery.cancel_scope.cancel()

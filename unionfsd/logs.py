@@ -29,7 +29,7 @@ def start(*, debug: bool, path: bytes | None, quiet: bool) -> None:
     handler: logging.Handler
     if path is None:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(_ForPeople())
+        handler.setFormatter(_ForJournal() if _to_journal() else _ForPeople())
     else:
         handler = _open(path)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -46,6 +46,13 @@ def to_syslog() -> None:
             root.removeHandler(handler)
             root.addHandler(_Syslog())
             root.setLevel(min(root.level, logging.INFO))
+
+
+def reopen() -> None:
+    """Open a log file anew, by its name."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.close()  # it opens again when there is something to write
 
 
 def explain(error: Exception) -> tuple[int, str]:
@@ -65,6 +72,26 @@ class _ForPeople(logging.Formatter):
         return f"unionfsd: {record.levelname.lower()}: {super().format(record)}"
 
 
+def _to_journal() -> bool:
+    """Whether standard error is the one that systemd connected to its journal ($JOURNAL_STREAM, systemd.exec(5))."""
+    try:
+        status = os.fstat(2)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+class _ForJournal(logging.Formatter):
+    """Each line with its priority in front (sd-daemon(3)); the journal itself knows who and when."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(f"<{_priority(record)}>{line}" for line in super().format(record).splitlines())
+
+
+def _priority(record: logging.LogRecord) -> int:
+    return next((priority for level, priority in _PRIORITIES if record.levelno >= level), syslog.LOG_DEBUG)
+
+
 class _Syslog(logging.Handler):
     """syslog(3), which drops what nobody listens to."""
 
@@ -73,9 +100,8 @@ class _Syslog(logging.Handler):
         syslog.openlog("unionfsd", syslog.LOG_PID, syslog.LOG_DAEMON)
 
     def emit(self, record: logging.LogRecord) -> None:
-        priority = next((p for level, p in _PRIORITIES if record.levelno >= level), syslog.LOG_DEBUG)
         for line in self.format(record).splitlines():
-            syslog.syslog(priority, one_line(line))
+            syslog.syslog(_priority(record), one_line(line))
 
 
 def _open(path: bytes) -> logging.Handler:

@@ -158,10 +158,11 @@ class Renames:
         self._prepare_dir(here, there, source)
         if target is not None:
             self._places.hold(child(there.parent, there.name))
+        is_dir = stat.S_ISDIR(source.st.st_mode)
         if self._resolver.lower_has(here.parent, here.name):
-            self._move_and_whiteout(here, there, target)
+            self._move_and_whiteout(here, there, target, is_dir)
         else:
-            self._move(here, there, stat.S_ISDIR(source.st.st_mode))
+            self._move(here, there, is_dir)
         self._table.unname(there.parent, there.name)
         self._table.move(here.parent, here.name, there.parent, there.name)
         self._places.unhide(there)
@@ -208,12 +209,12 @@ class Renames:
         self._work.require_exchange()
         syscalls.renameat2(here.dirfd, here.name, there.dirfd, there.name, syscalls.RENAME_EXCHANGE)
 
-    def _move_and_whiteout(self, here: Place, there: Place, target: Hit | None) -> None:
+    def _move_and_whiteout(self, here: Place, there: Place, target: Hit | None, is_dir: bool) -> None:
         """The publishing call of a rename whose old name a lower has."""
         self._copy_up.mark_impure(there.parent, there.dirfd)
         if self._work.abilities.whiteout == "wh":
             self._places.whiteout(here)
-            syscalls.renameat2(here.dirfd, here.name, there.dirfd, there.name)
+            self._move(here, there, is_dir)
         elif self._places.whiteout_at(there):
             self._places.expect_whiteout(here)
             self._swap(here, there)

@@ -9,14 +9,32 @@ from __future__ import annotations
 import os
 
 
+def listening() -> bool:
+    """Whether a service manager wants to hear from us."""
+    return os.environ.get("NOTIFY_SOCKET", "")[:1] in ("/", "@")
+
+
+def watchdog() -> float | None:
+    """Seconds after which the service manager gives us up if it hears no ``WATCHDOG=1``; None when it waits for none.
+
+    That is ``$WATCHDOG_USEC``, unless ``$WATCHDOG_PID`` means another process (sd_watchdog_enabled(3)).
+    """
+    microseconds = os.environ.get("WATCHDOG_USEC", "")
+    if not (microseconds.isascii() and microseconds.isdigit() and int(microseconds)):
+        return None
+    if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return None
+    return int(microseconds) / 1e6
+
+
 def notify(*assignments: str) -> bool:
     """Send ``assignments`` (``"READY=1"``, ``"STATUS=..."``) as one message; whether somebody took it.
 
     A service manager that has gone away, or never listened, is no reason for a mount to fail: send errors give False.
     """
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if address[:1] not in ("/", "@"):
+    if not listening():
         return False
+    address = os.environ["NOTIFY_SOCKET"]
     import socket  # late: most mounts have no service manager, and the import is not free
 
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:

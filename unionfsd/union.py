@@ -76,7 +76,7 @@ class Union:
         self._mutations = None
         if work is not None and copy_up is not None:
             places = Places(self._resolver, work, copy_up)
-            redirects = config.redirect_dir == "on" and work.abilities.namespace is not None
+            redirects = config.redirect_dir == "on" and work.abilities.can_redirect
             self._mutations = Mutations(self._resolver, self._table, work, copy_up, places)
             self._renames = Renames(self._resolver, self._table, work, copy_up, places, redirects=redirects)
         self._handles = Handles(self._resolver, self._table, self._fds, copy_up, volatile=config.volatile)
@@ -228,8 +228,10 @@ class Union:
     def getxattr(self, nodeid: int, name: bytes) -> bytes:
         return self._attributes.getxattr(self._table.get(nodeid), name)
 
-    def listxattr(self, nodeid: int) -> list[bytes]:
-        return self._attributes.listxattr(self._table.get(nodeid))
+    def listxattr(self, nodeid: int, *, trusted: bool = True) -> list[bytes]:
+        """Names of the xattrs; those of the namespace ``trusted`` only for callers with CAP_SYS_ADMIN (xattr(7))."""
+        names = self._attributes.listxattr(self._table.get(nodeid))
+        return names if trusted else [name for name in names if not name.startswith(b"trusted.")]
 
     def setxattr(self, nodeid: int, name: bytes, value: bytes, flags: int) -> Op[None]:
         self._change()

@@ -44,6 +44,11 @@ class Abilities(NamedTuple):
     exchange: bool
     rename_whiteout: bool
 
+    @property
+    def can_redirect(self) -> bool:
+        """Whether directories with lowers can be renamed: a ``.wh.`` entry beside one would hide its own lowers first."""
+        return self.namespace is not None and self.whiteout != "wh"
+
 
 class Staged:
     """An object that is not in the upper yet: `fd` refers to it, `name` is its name in work, None for an O_TMPFILE.

@@ -21,6 +21,14 @@ def populate(layers: Layers) -> None:
         (layers.lower / "d" / f"f{number}").write_text(f"content {number}")
 
 
+def write_large(path: Path) -> None:
+    """A file whose copying, and putting on disk, takes a while."""
+    block = os.urandom(1 << 20)
+    with path.open("wb") as file:
+        for _ in range(500):
+            file.write(block)
+
+
 def test_a_dead_daemon_leaves_a_union_that_mounts_again(layers: Layers, daemon: DaemonFactory) -> None:
     """Killed in the middle: the mount answers ENOTCONN until it is unmounted; what was done before is there again."""
     populate(layers)
@@ -41,9 +49,7 @@ def test_a_dead_daemon_leaves_a_union_that_mounts_again(layers: Layers, daemon: 
 
 
 def test_a_daemon_killed_while_it_copies_up_loses_nothing(layers: Layers, daemon: DaemonFactory) -> None:
-    with (layers.lower / "big").open("wb") as file:
-        for _ in range(400):
-            file.write(os.urandom(1 << 20))
+    write_large(layers.lower / "big")
     mount = daemon()
     before = describe(layers.lower / "big")
     pid = os.fork()
@@ -52,7 +58,8 @@ def test_a_daemon_killed_while_it_copies_up_loses_nothing(layers: Layers, daemon
             os.chmod(mount / "big", 0o600)
         finally:
             os._exit(0)
-    wait_for(lambda: mount.written() > 50 << 20, "the copy does not begin")
+    staged = f"{layers.work}/work/"
+    wait_for(lambda: any(path.startswith(staged) for path in mount.open_files()), "the copy does not begin")
     mount.kill()
     os.waitpid(pid, 0)
     mount.detach()
@@ -132,9 +139,7 @@ def test_a_hundred_thousand_files_walked_and_forgotten(layers: Layers, daemon: D
 
 def test_a_large_copy_up_does_not_stop_others(layers: Layers, daemon: DaemonFactory) -> None:
     """While 500 MB are copied up, another process looks files up that nobody looked at before."""
-    with (layers.lower / "big").open("wb") as file:
-        for _ in range(500):
-            file.write(os.urandom(1 << 20))
+    write_large(layers.lower / "big")
     (layers.lower / "d").mkdir()
     for number in range(20_000):
         (layers.lower / f"d/{number}").touch()

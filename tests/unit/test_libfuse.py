@@ -17,7 +17,14 @@ from unionfsd.metrics import Counters
 from unionfsd.steps import Blocking, Op
 from unionfsd.union import Attr, Found, SetAttr
 
-ST = os.stat_result((stat.S_IFREG | 0o4755, 11, 22, 3, 1000, 1001, 12345, 1, 2, 3))
+EXTRA = {"st_blksize": 4096, "st_blocks": 24, "st_rdev": 77, "st_atime_ns": 10**9, "st_mtime_ns": -5, "st_ctime_ns": 3}
+
+
+def stat_of(mode: int) -> os.stat_result:
+    return os.stat_result((mode, 11, 22, 3, 1000, 1001, 12345, 1, 2, 3), EXTRA)
+
+
+ST = stat_of(stat.S_IFREG | 0o4755)
 CONTEXT = SimpleNamespace(uid=5, gid=6, pid=7, umask=0o027)
 
 
@@ -100,7 +107,7 @@ async def test_every_attribute_arrives() -> None:
     entry = await operations(FakeUnion(lookup=found(42)), timeout=12.5).lookup(1, b"name", CONTEXT)
     assert (entry.st_ino, entry.generation, entry.st_nlink) == (42, 9, 3)
     assert (entry.entry_timeout, entry.attr_timeout) == (12.5, 12.5)
-    for field in ("st_mode", "st_uid", "st_gid", "st_size", "st_atime_ns", "st_mtime_ns", "st_ctime_ns"):
+    for field in ("st_mode", "st_uid", "st_gid", "st_size", *EXTRA):
         assert getattr(entry, field) == getattr(ST, field)
 
 
@@ -140,7 +147,7 @@ async def test_flush_is_ended_by_enosys() -> None:
 )
 async def test_truncating_open_takes_privileges_off(uid: int, permissions: int, left: int | None) -> None:
     """setgid of a file that its group may not execute is a lock mark of old, not a privilege."""
-    st = os.stat_result((stat.S_IFREG | permissions, *ST[1:]))
+    st = stat_of(stat.S_IFREG | permissions)
     union = FakeUnion(getattr=Attr(st, 777, 1), setattr=operation(Attr(st, 777, 1)), open=operation(None))
     context = SimpleNamespace(uid=uid, gid=6, pid=7, umask=0)
     handle = await operations(union).open(3, os.O_WRONLY | os.O_TRUNC, context)

@@ -196,8 +196,8 @@ METHODS: Final[tuple[Method, ...]] = (
             uptime=NUMBER,
             options=mapping(ANY),
         ),
-        note="`id` is the minor of the mount's device number, `pid` the process that serves, `owner` its user, `uptime` "
-        "in seconds. `options` has those that were given.",
+        note="`id` is the minor of the mount's device number, `pid` the process that serves, `owner` its user. "
+        "`uptime` is in seconds. `options` has those that were given.",
     ),
     Method(
         "layers",

@@ -2,8 +2,8 @@
 
 Rules this file obeys:
 
-- Where a mount is, is read from mountinfo and from the names of the sockets. The mount itself is asked as late as can be
-  and never where it could keep us waiting for good: it may hang, or be dead.
+- Where a mount is, is read from mountinfo and from the names of the sockets. The mount itself is asked as late as can
+  be, and never where it could keep us waiting for good: it may hang, or be dead.
 """
 
 from __future__ import annotations

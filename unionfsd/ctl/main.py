@@ -11,10 +11,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 
 from unionfsd import __version__
 from unionfsd.errors import INTERNAL, MOUNT, UserError
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     import argparse
 
 
-@dataclass(frozen=True, slots=True)
-class Argument:
+class Argument(NamedTuple):
     """A word of a verb: `name` starts with dashes for an option. `settings` are argparse's."""
 
     name: str
@@ -32,8 +31,7 @@ class Argument:
     settings: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Verb:
+class Verb(NamedTuple):
     """A row of the table. The function of its name is in the module `where` of this package."""
 
     name: str
@@ -101,6 +99,9 @@ VERBS: Final[tuple[Verb, ...]] = (
 )
 
 
+_ABOUT: Final = "Ask mounts of unionfsd, and act on them."
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `argv` (the process's own); returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -118,8 +119,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _silence() -> None:
     """Whoever read our output has gone; what is still in the buffer must not fail at exit."""
-    import os
-
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -155,13 +154,16 @@ def parser() -> argparse.ArgumentParser:
         def error(self, message: str) -> NoReturn:
             raise UserError(message, hint=f"{self.prog} --help tells more")
 
-    common = Parser(add_help=False, allow_abbrev=False)
-    common.add_argument("--json", action="store_true", help="print JSON")
-    top = Parser(prog="unionfsctl", description="Ask mounts of unionfsd, and act on them.", allow_abbrev=False)
+    def formatter(prog: str) -> argparse.HelpFormatter:
+        # Left to itself it asks shutil, whose import takes longer than all the rest.
+        return argparse.HelpFormatter(prog, width=int(os.environ.get("COLUMNS") or 80) - 2)
+
+    top = Parser("unionfsctl", description=_ABOUT, allow_abbrev=False, formatter_class=formatter)
     top.add_argument("-V", "--version", action="version", version=f"unionfsctl {__version__}")
-    verbs = top.add_subparsers(metavar="VERB", required=True, parser_class=Parser)
+    verbs = top.add_subparsers(metavar="VERB", required=True, prog="unionfsctl", parser_class=Parser)
     for verb in VERBS:
-        row = verbs.add_parser(verb.name, help=verb.help, description=verb.help, parents=[common], allow_abbrev=False)
+        row = verbs.add_parser(verb.name, help=verb.help, description=verb.help, formatter_class=formatter)
+        row.add_argument("--json", action="store_true", help="print JSON")
         row.set_defaults(verb=verb)
         for argument in verb.arguments:
             row.add_argument(argument.name, help=argument.help, **argument.settings)

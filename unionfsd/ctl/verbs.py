@@ -1,7 +1,7 @@
 """The verbs of ``unionfsctl`` that ask one mount, each a function from the arguments to an exit code.
 
-What a mount answers is printed as it is with ``--json``, else for people. Names are printed so that they cannot drive the
-terminal.
+What a mount answers is printed as it is with ``--json``, else for people. Names are printed so that they cannot drive
+the terminal.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from unionfsd.ctl import find, show
-from unionfsd.errors import OK
+from unionfsd.errors import OK, UserError
 
 if TYPE_CHECKING:
     import argparse
@@ -149,7 +149,8 @@ def _explain(value: Json) -> str:
 def _role(copy: Json) -> str:
     if copy["whiteout"] is not None:
         return f"whiteout ({copy['whiteout']})"
-    return copy["role"] + (_because(copy["decided_by"]) if copy["role"] == "hidden" else "")
+    why = _because(copy["decided_by"]) if copy["role"] == "hidden" else ""
+    return f"{copy['role']}{why}"
 
 
 def _because(decision: Json) -> str:
@@ -291,7 +292,10 @@ def discover(given: argparse.Namespace) -> int:
 
 def call(given: argparse.Namespace) -> int:
     """Any method, with parameters in JSON; always JSON."""
-    params = json.loads(given.params)
+    try:
+        params = dict(json.loads(given.params))
+    except (ValueError, TypeError):
+        raise UserError(f"not an object in JSON: {given.params}") from None
     with Asked(given, silence=None) as asked:
         value = asked.client.call(given.method, notified=lambda *said: print(json.dumps(said)), **params)
     print(json.dumps(value, indent=2))

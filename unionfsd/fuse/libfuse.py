@@ -253,7 +253,7 @@ class _Operations(pyfuse3.Operations):
 
     @_handler
     def listxattr(self, nodeid: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
-        return self._union.listxattr(nodeid)
+        return self._union.listxattr(nodeid, trusted=ctx.uid == 0)
 
     @_handler
     def setxattr(self, nodeid: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> Op[None]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _BODY: Final = wire.BODY
 _NS: Final = 1_000_000_000
+_ROOT: Final = 0
 _PERMISSIONS: Final = 0o7777
 _CHANGES: Final = (
     abi.FATTR_MODE
@@ -181,8 +182,9 @@ class Names:
         return _sized(self._union.getxattr(nodeid, name), size)
 
     def _listxattr(self, nodeid: int, end: int) -> Payload:
+        names = self._union.listxattr(nodeid, trusted=self._exchange.header[4] == _ROOT)
         (size,) = wire.GETXATTR_IN.unpack_from(self._exchange.buf, _BODY)
-        return _sized(b"".join([name + b"\0" for name in self._union.listxattr(nodeid)]), size)
+        return _sized(b"".join([name + b"\0" for name in names]), size)
 
     def _setxattr(self, nodeid: int, end: int) -> Payload | None:
         exchange = self._exchange

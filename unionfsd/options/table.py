@@ -284,8 +284,9 @@ GROUPS: Final[tuple[tuple[str, tuple[Option, ...]], ...]] = (
             Option(
                 "control",
                 Value("control", read_control),
-                "Where the socket for `unionfsctl` and other clients is, see control.md; `off` for none.",
-                "auto|off|PATH",
+                "Where the socket for `unionfsctl` and other clients is (control.md): a path, `auto` for one in "
+                "/run/unionfsd or `$XDG_RUNTIME_DIR/unionfsd`, `off` for none.",
+                "PATH",
                 "auto",
             ),
             Option(
