@@ -46,7 +46,7 @@ class Abilities(NamedTuple):
 
     @property
     def can_redirect(self) -> bool:
-        """Whether directories with lowers can be renamed: a ``.wh.`` entry beside one would hide its own lowers first."""
+        """Whether merged directories can be renamed: a ``.wh.`` entry beside one would hide its own lowers first."""
         return self.namespace is not None and self.whiteout != "wh"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from unionfsd.systemd import notify
+from unionfsd.systemd import listening, notify, watchdog
 
 
 def listener(address: str) -> socket.socket:
@@ -42,3 +42,30 @@ def test_without_a_service_manager_nothing_happens(monkeypatch: pytest.MonkeyPat
 def test_an_address_that_nobody_listens_to_is_no_failure(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", address)
     assert not notify("READY=1")
+
+
+def test_who_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    for address, expected in {"": False, "relative": False, "/run/notify": True, "@abstract": True}.items():
+        monkeypatch.setenv("NOTIFY_SOCKET", address)
+        assert listening() is expected
+
+
+@pytest.mark.parametrize(
+    ("microseconds", "pid", "expected"),
+    [
+        ("30000000", None, 30.0),
+        ("1500000", str(os.getpid()), 1.5),
+        ("1500000", "1", None),
+        ("0", None, None),
+        ("soon", None, None),
+        ("", None, None),
+    ],
+)
+def test_the_watchdog_s_patience(
+    microseconds: str, pid: str | None, expected: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", microseconds)
+    monkeypatch.delenv("WATCHDOG_PID", raising=False)
+    if pid is not None:
+        monkeypatch.setenv("WATCHDOG_PID", pid)
+    assert watchdog() == expected
