@@ -24,7 +24,7 @@ _MAGIC: Final = b"unionfsd rename 1"
 
 
 def record(work: Workdir, path: tuple[bytes, ...], ino: int) -> None:
-    """Put on disk that the upper's object `path` is to become a whiteout once its st_ino is `ino`."""
+    """Put on disk that the name `path` of the upper becomes a whiteout once its st_ino is `ino`, or it is gone (0)."""
     if exists(work.fd, INTENT):
         syscalls.unlink_at(work.fd, INTENT)
     with syscalls.create_at(work.fd, INTENT, 0o600) as fd:
@@ -63,12 +63,23 @@ def _complete(work: Workdir, upper: int, path: tuple[bytes, ...], ino: int) -> N
     try:
         for name in path[:-1]:
             fd = syscalls.open_dir(fd.fd, name)
-        st = syscalls.stat_at(fd.fd, path[-1])
-        if st.st_ino == ino:
-            work.replace_by_whiteout(fd.fd, path[-1], directory=stat.S_ISDIR(st.st_mode))
+        if _finish(work, fd.fd, path[-1], ino):
             log.info("recovered: %s was renamed when the last mount ended", os.fsdecode(b"/".join(path)))
     except (FileNotFoundError, NotADirectoryError):
         log.info("recovered: the record of a rename speaks of a name that is gone")
+
+
+def _finish(work: Workdir, dirfd: int, name: bytes, ino: int) -> bool:
+    if not ino:
+        if exists(dirfd, name):
+            return False
+        work.place_whiteout(dirfd, name)
+        return True
+    st = syscalls.stat_at(dirfd, name)
+    if st.st_ino != ino:
+        return False
+    work.replace_by_whiteout(dirfd, name, directory=stat.S_ISDIR(st.st_mode))
+    return True
 
 
 def _read(work: Workdir) -> tuple[tuple[bytes, ...], int] | None:

@@ -94,11 +94,16 @@ class Layer:
             return None
 
     def open_data(self, dirfd: int, name: bytes, *, write: bool = False) -> Fd:
-        """fd for the data of the regular file `name`; EIO when something else has taken its place."""
+        """fd for the data of the regular file `name`.
+
+        EIO when something else has taken its place, or when it holds metadata only (metacopy), whose data is elsewhere.
+        """
         fd = self._open(dirfd, name, os.O_RDWR if write else os.O_RDONLY)
         if not stat.S_ISREG(os.fstat(fd.fd).st_mode):
-            fd.close()
             raise OSError(errno.EIO, "layer changed underneath: not a regular file", os.fsdecode(name))
+        if any(attr in fmt.METACOPY_NAMES for attr in xattr_names(fd.fd)):
+            log.error("%s: its data is in another layer (metacopy), which is not supported yet", os.fsdecode(name))
+            raise OSError(errno.EIO, os.strerror(errno.EIO), os.fsdecode(name))
         return fd
 
     def _open(self, dirfd: int, name: bytes, flags: int) -> Fd:

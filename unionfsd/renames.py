@@ -233,7 +233,10 @@ class Renames:
     def _replace_and_whiteout(self, here: Place, there: Place) -> None:
         """Where there is no RENAME_WHITEOUT: two calls, made one by a record that the next mount would act upon."""
         self._places.expect_whiteout(here)
-        old = syscalls.stat_at(there.dirfd, there.name)
+        old = stat_or_none(there.dirfd, there.name)
+        if old is None:
+            self._cover_and_whiteout(here, there)
+            return
         self._work.require_exchange()
         intent.record(self._work, path_of(here), old.st_ino)
         try:
@@ -242,6 +245,19 @@ class Renames:
                 self._work.replace_by_whiteout(here.dirfd, here.name, directory=stat.S_ISDIR(old.st_mode))
             except BaseException:
                 self._swap(here, there)
+                raise
+        finally:
+            intent.retire(self._work)
+
+    def _cover_and_whiteout(self, here: Place, there: Place) -> None:
+        """The same where what is replaced is only in a lower, so that the upper has nothing to exchange with."""
+        intent.record(self._work, path_of(here), 0)
+        try:
+            syscalls.renameat2(here.dirfd, here.name, there.dirfd, there.name)
+            try:
+                self._work.place_whiteout(here.dirfd, here.name)
+            except BaseException:
+                syscalls.renameat2(there.dirfd, there.name, here.dirfd, here.name)
                 raise
         finally:
             intent.retire(self._work)
