@@ -128,7 +128,7 @@ class _Walk:
         for node in (at.node, at.base):
             if node is not None:
                 self._resolver.released(node)
-                node.lower_names = node.hidden = None
+                node.doubt()
 
     def _directory(self, at: UpperDir) -> Iterator[Change]:
         upper = names_in(self._resolver, at.node)

@@ -253,6 +253,7 @@ def _mounted(union: Union, mount: Mount, control: Control, config: MountConfig) 
     import trio
 
     from unionfsd.fuse.driver import drive
+    from unionfsd.fuse.notify import Notifier
 
     async def unmount(lazy: bool) -> str:
         outcome = await trio.to_thread.run_sync(partial(mount.unmount, lazy=lazy))
@@ -266,6 +267,7 @@ def _mounted(union: Union, mount: Mount, control: Control, config: MountConfig) 
         io="passthrough" if config.io == "passthrough" else "cached",
         socket=b"" if control.listener is None else control.listener.path,
         since=monotonic(),
+        notifier=Notifier(mount.fuse_fd),
         drive=drive,
         unmount=unmount,
     )

@@ -68,6 +68,13 @@ class FdCache:
         self._hand.pop(holder, None)
         holder.drop()
 
+    def shed(self) -> int:
+        """Close every descriptor that may be closed; returns how many that were."""
+        loose = [holder for holder in self._hand if holder.fd is not None and not holder.pinned]
+        for holder in loose:
+            self.forget(holder)
+        return len(loose)
+
     def close(self) -> None:
         """Close every descriptor, pinned or not."""
         while self._hand:

@@ -151,6 +151,12 @@ class DirNode(Node):
             entry = self.leaves[lower] = Entry(False, (lower,))
         return entry
 
+    def doubt(self) -> None:
+        """Forget whatever is cached about what the layers hold."""
+        self.lower_names = self.leaves = self.hidden = self.xwhiteouts = self.impure = None
+        self.heritage = self.snapshot = None
+        self.probes = 0
+
     def own_entry(self, entry: Entry) -> None:
         """Take a new entry; what was cached about the layers of the old one goes."""
         if entry.lowers != self.entry.lowers:
@@ -176,6 +182,10 @@ class NodeTable:
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self._nodes.values())
+
+    def knows(self, node: Node) -> bool:
+        """Whether `node` is one of the table still."""
+        return self._nodes.get(node.nodeid) is node
 
     def get(self, nodeid: int) -> Node:
         """The node `nodeid`; ESTALE when there is none."""

@@ -347,6 +347,15 @@ class Resolver:
         """`node` is gone: nothing is kept for it."""
         self._kept_names -= self._kept.pop(node, 0)
 
+    def forget_names(self) -> int:
+        """Keep no merged names; returns how many that were."""
+        count = self._kept_names
+        for node in self._kept:
+            node.lower_names = None
+        self._kept.clear()
+        self._kept_names = 0
+        return count
+
     def _read_upper(self, node: DirNode) -> UpperNames | None:
         if not node.entry.upper:
             return None

@@ -45,10 +45,10 @@ def _plain(field: bytes) -> bytes:
     return first + b"".join(bytes([int(part[:3], 8)]) + part[3:] for part in others)
 
 
-def at(path: bytes) -> MountLine | None:
+def at(path: bytes, table: bytes | None = None) -> MountLine | None:
     """The mount that the absolute `path`, without symlinks and dots, lies on."""
     found: MountLine | None = None
-    for line in read():
+    for line in read(table):
         if _contains(line.path, path) and (found is None or len(line.path) >= len(found.path)):
             found = line
     return found

@@ -1,7 +1,7 @@
 """What a service manager is told about a mount while it is served: that it is alive, how it is doing, that it reloads.
 
-The pings of the watchdog (sd_watchdog_enabled(3)) are sent by the event loop that serves the kernel, so a loop that hangs
-is restarted. Where there is no service manager nothing here runs.
+The pings of the watchdog (sd_watchdog_enabled(3)) are sent by the event loop that serves the kernel, so a loop that
+hangs is restarted. Where there is no service manager nothing here runs.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ from .metrics import Counters, Holdings, Statistics
 from .mutations import Caller, Mutations
 from .options import MountConfig
 from .places import Places, fail
+from .refresh import Memory
 from .renames import Renames
 from .steps import Blocking, Op
 from .workdir import Abilities, Workdir, open_workdir
@@ -362,6 +363,11 @@ class Union:
     def abilities(self) -> Abilities | None:
         """What the upper can do; None when nothing can be written."""
         return None if self._work is None else self._work.abilities
+
+    @property
+    def memory(self) -> Memory:
+        """What is remembered of the layers, for who knows that it is wrong or no longer wanted."""
+        return Memory(self._resolver, self._table, self._fds)
 
     def reader(self) -> Resolver:
         """A resolver for one thread: it shares with the mount's own only the layers' roots, open until `close`."""

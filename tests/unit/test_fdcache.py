@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -114,6 +115,21 @@ def test_a_thread_keeps_the_descriptor_it_was_given() -> None:
 
 
 @pytest.mark.parametrize("pinned", [False, True])
+def test_a_forgotten_holder_makes_room(pinned: bool) -> None:
+    cache = FdCache(CAPACITY)
+    holders = full(cache)
+    holders[0].pinned = pinned
+    assert holders[0].fd is not None
+    number = holders[0].fd.fd
+    cache.forget(holders[0])
+    assert not is_open(number)
+    assert len(cache) == CAPACITY - 1
+    cache.admit(Holder(), new_fd())
+    assert all(holder.fd is not None for holder in holders[1:])
+    cache.forget(Holder())  # it never had one
+
+
+@pytest.mark.parametrize("pinned", [False, True])
 def test_closing_closes_everything(pinned: bool) -> None:
     cache = FdCache(CAPACITY)
     numbers = [holder.fd.fd for holder in full(cache, pinned=pinned) if holder.fd]
@@ -122,7 +138,7 @@ def test_closing_closes_everything(pinned: bool) -> None:
     assert not any(map(is_open, numbers))
 
 
-_actions = st.tuples(st.sampled_from(["admit", "admit", "admit", "use", "drop", "pin"]), st.integers(0, 99))
+_actions = st.tuples(st.sampled_from(["admit", "admit", "admit", "use", "drop", "forget", "pin"]), st.integers(0, 99))
 
 
 @given(st.lists(_actions, min_size=200, max_size=600))
@@ -130,6 +146,7 @@ _actions = st.tuples(st.sampled_from(["admit", "admit", "admit", "use", "drop", 
 def test_the_bound_holds(actions: list[tuple[str, int]]) -> None:
     cache = FdCache(CAPACITY)
     holders = [Holder() for _ in range(100)]
+    gc.collect()  # what other tests left open must not be closed just now
     before = len(os.listdir("/proc/self/fd"))
     try:
         for action, index in actions:
@@ -152,5 +169,8 @@ def act(cache: FdCache, holder: Holder, action: str) -> None:
     elif action == "drop":
         holder.pinned = False
         holder.drop()
+    elif action == "forget":
+        holder.pinned = False
+        cache.forget(holder)
     else:
         holder.pinned = holder.fd is not None

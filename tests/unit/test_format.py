@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import struct
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from tests.harness import Layers, MountFactory
 from unionfsd import format as fmt
 from unionfsd import syscalls
-from unionfsd.format import Origin
+from unionfsd.format import Origin, Redirect
 
 origins = st.builds(Origin, st.integers(0, 255), st.binary(max_size=234), st.binary(min_size=16, max_size=16))
 
@@ -113,6 +114,46 @@ def test_the_kernel_writes_the_same_origin(layers: Layers, overlayfs: MountFacto
         uuid = syscalls.fs_uuid(fd.fd)
     assert fmt.encode_origin(Origin(kind, handle, uuid)) == written
     assert fmt.decode_origin(written) == Origin(kind, handle, uuid)
+
+
+# Redirects.
+
+components = st.binary(min_size=1, max_size=6).filter(
+    lambda name: not set(name) & set(b"/\0") and name not in (b".", b"..")
+)
+redirects = st.one_of(
+    st.builds(Redirect, st.just(False), st.tuples(components)),
+    st.builds(Redirect, st.just(True), st.lists(components, min_size=1, max_size=4).map(tuple)),
+)
+
+
+@given(redirects)
+def test_redirects_survive_encoding(redirect: Redirect) -> None:
+    assert fmt.decode_redirect(redirect.encode()) == redirect
+
+
+@given(st.one_of(st.binary(max_size=12), st.text("/.ab\0", max_size=6).map(str.encode)))
+def test_no_redirect_leads_out_of_a_layer(value: bytes) -> None:
+    """Any bytes are names to be opened one by one, or EINVAL."""
+    try:
+        redirect = fmt.decode_redirect(value)
+    except OSError as exc:
+        number = exc.errno
+    else:
+        number = errno.EINVAL
+        assert redirect.names
+        assert all(syscalls.component(name) == name for name in redirect.names)
+        assert redirect.absolute or len(redirect.names) == 1
+    assert number == errno.EINVAL
+
+
+@pytest.mark.parametrize(
+    "value", [b"", b"/", b"//", b"a/b", b"/a/", b"/a//b", b"..", b"/../a", b"/a/..", b"./a", b"a\0"]
+)
+def test_redirects_that_are_none(value: bytes) -> None:
+    with pytest.raises(OSError) as caught:
+        fmt.decode_redirect(value)
+    assert caught.value.errno == errno.EINVAL
 
 
 # Names of xattrs.

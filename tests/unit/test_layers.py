@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -53,6 +54,7 @@ def opened(wanted: MountConfig) -> Iterator[LayerStack]:
 
 def refuse(wanted: MountConfig, code: int, *words: str) -> None:
     """The stack is refused with that exit code, in one line with these words, and no descriptor stays."""
+    gc.collect()  # what other tests left open must not be closed just now
     before = len(os.listdir("/proc/self/fd"))
     try:
         open_stack(wanted)
@@ -65,6 +67,12 @@ def refuse(wanted: MountConfig, code: int, *words: str) -> None:
     assert [word for word in words if word not in line] == []
     assert "\n" not in line
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def errno_of(call: Callable[..., object], *args: Any) -> int | None:
+    with pytest.raises(OSError) as caught:
+        call(*args)
+    return caught.value.errno
 
 
 @pytest.fixture
@@ -157,6 +165,17 @@ def test_data_is_a_regular_file_or_an_error(kind: str, layers: Layers) -> None:
         stack.lowers[0].open_data(stack.lowers[0].root.fd, b"node")
     # A device cannot even be opened: the clone of its mount is nodev where the mount is, else EIO is ours.
     assert caught.value.errno in (errno.EIO, errno.EACCES)
+
+
+@pytest.mark.parametrize("namespace", ["trusted", "user"])
+def test_data_that_is_elsewhere_is_not_taken_for_zeros(namespace: str, layers: Layers) -> None:
+    """A file that the kernel's overlayfs copied up with metacopy=on has its size, and a hole for its data."""
+    path = layers.lower / "file"
+    path.touch()
+    os.truncate(path, 100)
+    os.setxattr(path, f"{namespace}.overlay.metacopy", b"")
+    with opened(config(layers)) as stack:
+        assert errno_of(stack.lowers[0].open_data, stack.lowers[0].root.fd, b"file") == errno.EIO
 
 
 # Directories of lowers.
@@ -406,6 +425,7 @@ def test_where_locks_do_not_work_a_warning_is_all(
 
 
 def test_closing_leaves_no_descriptor(layers: Layers) -> None:
+    gc.collect()  # what other tests left open must not be closed just now
     before = len(os.listdir("/proc/self/fd"))
     with opened(config(layers)):
         assert len(os.listdir("/proc/self/fd")) > before

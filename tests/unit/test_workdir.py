@@ -14,12 +14,13 @@ import pytest
 
 from tests import harness
 from tests.harness import Layers, MountFactory
-from unionfsd import errors, syscalls
+from tests.trees import fingerprint
+from unionfsd import errors, intent, syscalls
 from unionfsd import format as fmt
 from unionfsd.errors import UserError
 from unionfsd.layers import open_stack
 from unionfsd.options import MountConfig
-from unionfsd.workdir import Abilities, Staged, Workdir, open_workdir, remove_tree
+from unionfsd.workdir import Abilities, Staged, WhiteoutForm, Workdir, open_workdir, remove_tree
 
 EVERYTHING = Abilities(fmt.TRUSTED, "chardev", tmpfile=True, noreplace=True, exchange=True, rename_whiteout=True)
 
@@ -423,6 +424,100 @@ def test_opaque_in_the_form_that_the_upper_can_keep(layers: Layers, monkeypatch:
         assert caught.value.errno == errno.EOPNOTSUPP
     assert os.listdir(layers.upper) == [".wh..wh..opq"]
     assert os.listxattr(layers.upper) == []
+
+
+# The intent record.
+
+
+def under_way(work: Open) -> Path:
+    """An object that was exchanged to d/old and is to become a whiteout there, as its record says; then a crash."""
+    path = work.path / "d/old"
+    path.parent.mkdir()
+    path.write_text("what was renamed over")
+    intent.record(work.work, (b"d", b"old"), path.stat().st_ino)
+    assert work.litter == ["#intent"]
+    return path
+
+
+@pytest.mark.parametrize("form", ["chardev", "xattr"])
+def test_what_a_crash_interrupted_is_completed(form: WhiteoutForm, layers: Layers) -> None:
+    with opened(layers, whiteout=form) as work:
+        path = under_way(work)
+    with opened(layers, whiteout=form) as work:
+        intent.recover(work.work, work.upper)
+        assert is_whiteout(path)
+        work.work.close()
+        assert work.litter == []
+
+
+def test_a_directory_is_completed_too(layers: Layers) -> None:
+    with opened(layers) as work:
+        path = under_way(work)
+        path.unlink()
+        path.mkdir()
+        intent.record(work.work, (b"d", b"old"), path.stat().st_ino)
+    with opened(layers) as work:
+        intent.recover(work.work, work.upper)
+        assert is_whiteout(path)
+
+
+@pytest.mark.parametrize("form", ["chardev", "xattr"])
+@pytest.mark.parametrize("moved", [True, False])
+def test_a_name_that_is_to_be_gone(moved: bool, form: WhiteoutForm, layers: Layers) -> None:
+    """The record of a rename that leaves nothing under the old name until the whiteout comes there."""
+    with opened(layers, whiteout=form) as work:
+        path = work.path / "old"
+        path.write_text("content")
+        intent.record(work.work, (b"old",), 0)
+        if moved:
+            path.rename(work.path / "new")
+    with opened(layers, whiteout=form) as work:
+        intent.recover(work.work, work.upper)
+        assert sorted(os.listdir(work.path)) == (["new", "old"] if moved else ["old"])
+        assert is_whiteout(path) if moved else path.read_text() == "content"
+        work.work.close()
+        assert work.litter == []
+
+
+@pytest.mark.parametrize("then", ["complete", "never begun", "gone", "torn", "nonsense"])
+def test_where_there_is_nothing_to_complete(then: str, layers: Layers) -> None:
+    with opened(layers) as work:
+        path = under_way(work)
+    record = layers.work / "work/#intent"
+    if then == "complete":
+        path.rename(layers.root / "kept")  # or the whiteout might get its inode number
+        os.mknod(path, stat.S_IFCHR, 0)
+    elif then == "never begun":
+        path.rename(path.with_name("new"))
+        path.write_text("what is renamed")
+    elif then == "gone":
+        path.unlink()
+        path.parent.rmdir()
+    else:
+        record.write_bytes(record.read_bytes()[:-2] if then == "torn" else b"\0" * 100)
+    before = fingerprint(layers.upper)
+    with opened(layers) as work:
+        intent.recover(work.work, work.upper)
+        assert fingerprint(layers.upper) == before
+        assert work.litter == []
+
+
+def test_a_record_is_written_over_and_retired(work: Open) -> None:
+    under_way(work)
+    intent.record(work.work, (b"e",), 5)
+    assert (work.inside / "#intent").read_bytes() == b"unionfsd rename 1\0" + b"5\0e\0"
+    intent.retire(work.work)
+    assert work.litter == []
+
+
+@pytest.mark.parametrize("name", ["pwrite", "fsync"])
+def test_a_record_that_cannot_be_kept_leaves_nothing(name: str, work: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        without(patch, name, errno.ENOSPC, lambda *_: True)
+        with pytest.raises(OSError) as caught:
+            intent.record(work.work, (b"e",), 5)
+    assert caught.value.errno == errno.ENOSPC
+    assert work.litter == []
 
 
 # Cleaning.

@@ -161,13 +161,16 @@ def _listen_at(directory: Fd, filename: bytes, path: bytes, gid: int | None) -> 
 
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     try:
-        # Before it is bound: the file gets this mode, and is never there with another (net/unix/af_unix.c).
-        os.fchmod(sock.fileno(), 0o600 if gid is None else 0o660)
+        # Before it is bound: the file is never there with a wider mode (net/unix/af_unix.c), only a narrower one, for
+        # there is a umask.
+        mode = 0o600 if gid is None else 0o660
+        os.fchmod(sock.fileno(), mode)
         hidden = b".%s.%d" % (filename, os.getpid())
         with contextlib.suppress(FileNotFoundError):
             os.unlink(hidden, dir_fd=directory.fd)
         # By way of the descriptor also because an address has room for 108 bytes only.
         sock.bind(proc_path(directory.fd) + b"/" + hidden)
+        os.chmod(hidden, mode, dir_fd=directory.fd)
         if gid is not None:
             os.chown(hidden, -1, gid, dir_fd=directory.fd, follow_symlinks=False)
         sock.listen(_BACKLOG)

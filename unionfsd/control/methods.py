@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from unionfsd.layers import Layer
     from unionfsd.lookup import Resolver
     from unionfsd.options import MountConfig
+    from unionfsd.refresh import Looked
 
 T = TypeVar("T")
 
@@ -41,8 +42,9 @@ _WALKS: Final = 2
 #: Between two looks of a walk at whether it is still wanted, and between two reports of progress.
 _TICKS: Final = 64
 _REPORT: Final = 0.25
-#: Items in one notification.
+#: Items in one notification to a client, and nodes in one to the kernel.
 _BATCH: Final = 256
+_PRUNE: Final = 256
 
 
 class Call(Protocol):
@@ -191,6 +193,51 @@ class Methods:
         start = monotonic()
         await self._mounted.drive(self._union.syncfs())
         return {"seconds": round(monotonic() - start, 6), "volatile": self._config.volatile}
+
+    async def refresh(self, call: Call, *, path: bytes, progress: bool) -> Json:
+        counts = {"nodes": 0, "replaced": 0}
+        epoch = await self._supported(self._mounted.notifier.inc_epoch())
+        due = monotonic() + _REPORT
+        for looked in self._union.memory.refresh(explain.split(path)):
+            counts["nodes"] += len(looked.kept) + len(looked.replaced)
+            counts["replaced"] += len(looked.replaced)
+            await self._tell(looked, epoch=epoch)
+            if progress and monotonic() > due:
+                await call.notify("progress", {"done": counts["nodes"]})
+                due = monotonic() + _REPORT
+        return {**counts, "kernel": epoch}
+
+    async def _tell(self, looked: Looked, *, epoch: bool) -> None:
+        """Have the kernel ask again about a directory that was looked at, and about what is known in it."""
+        notifier = self._mounted.notifier
+        await notifier.inval_inode(looked.nodeid)
+        for name, nodeid, lower in looked.kept:
+            await notifier.inval_inode(nodeid, 0 if lower else -1)
+            if not epoch:
+                await notifier.inval_entry(looked.nodeid, name)
+        for name in looked.replaced if epoch else (*looked.replaced, *looked.others):
+            await notifier.inval_entry(looked.nodeid, name)
+
+    async def _supported(self, notification: Awaitable[bool]) -> bool:
+        """Whether the kernel is new enough for a notification, which is sent."""
+        try:
+            await notification
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return False
+        return True
+
+    async def drop_caches(self, call: Call) -> Json:
+        notifier, memory = self._mounted.notifier, self._union.memory
+        dropped = memory.drop()
+        nodeids = memory.nodeids()
+        for nodeid in nodeids:
+            await notifier.inval_inode(nodeid)
+        pruned = True
+        for start in range(0, len(nodeids), _PRUNE):
+            pruned = pruned and await self._supported(notifier.prune(nodeids[start : start + _PRUNE]))
+        return {**dropped._asdict(), "nodes": len(nodeids), "kernel": pruned}
 
     async def log(self, call: Call, *, level: str | None) -> Json:
         root = logging.getLogger()
@@ -348,7 +395,7 @@ def _outside(copy: explain.Copy) -> str:
 def _number(number: explain.Number) -> Json:
     source = number.source
     return {
-        "shown": number.shown,
+        "number": number.shown,
         "layer": None if source is None else _layer_at(source.layer),
         "source": None if source is None else _outside(source),
     }

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from unionfsd.steps import Op
     from unionfsd.union import Union
+
+
+class Notifier(Protocol):
+    """Tells the kernel what not to believe any longer. OSError EINVAL: the kernel is too old for it."""
+
+    async def inval_inode(self, nodeid: int, offset: int = 0, length: int = 0) -> bool: ...
+    async def inval_entry(self, parent: int, name: bytes) -> bool: ...
+    async def prune(self, nodeids: list[int]) -> bool: ...
+    async def inc_epoch(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,5 +35,6 @@ class Mounted:
     io: Literal["cached", "passthrough"]
     socket: bytes
     since: float
+    notifier: Notifier
     drive: Callable[[Op[None]], Awaitable[None]]
     unmount: Callable[[bool], Awaitable[str]]

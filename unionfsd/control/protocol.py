@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 Json: TypeAlias = Any
 """What `json` makes of a JSON text."""
 Id: TypeAlias = str | int | float | None
+_INFINITY: Final = float("inf")
 
 MAX_FRAME: Final = 64 * 1024
 """Bytes of a request, its line end included."""
@@ -121,7 +122,7 @@ def _request(value: Json) -> Request | Broken:
     if not isinstance(value, dict):
         return _broken("not an object", None)
     given = value.get("id")
-    if isinstance(given, bool) or not isinstance(given, str | int | float | None):
+    if isinstance(given, bool) or not isinstance(given, str | int | float | None) or given in (_INFINITY, -_INFINITY):
         return _broken("id is no string, number or null", None)
     if value.get("jsonrpc") != "2.0":
         return _broken('jsonrpc is not "2.0"', given)

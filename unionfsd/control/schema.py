@@ -36,9 +36,10 @@ def words(*values: str) -> Schema:
     return {"type": "string", "enum": list(values)}
 
 
-def record(**fields: Schema) -> Schema:
-    """An object with exactly these fields."""
-    return {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
+def record(title: str = "", **fields: Schema) -> Schema:
+    """An object with exactly these fields; with a `title` where it stands in several places."""
+    name = {"title": title} if title else {}
+    return name | {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
 
 
 def mapping(values: Schema) -> Schema:
@@ -132,12 +133,13 @@ _LIMIT: Final = _int("limit", "At most so many items; `truncated` says that ther
 
 # Results.
 
-_LAYER: Final = record(index=INTEGER, role=words("upper", "lower"), path=STRING)
+_LAYER: Final = record("Layer", index=INTEGER, role=words("upper", "lower"), path=STRING)
 _DECISION: Final = record(
-    mark=words("whiteout", "opaque", "redirect", "not a directory", "covered"), layer=_LAYER, path=STRING
+    "Decision", mark=words("whiteout", "opaque", "redirect", "not a directory", "covered"), layer=_LAYER, path=STRING
 )
 _XATTRS: Final = mapping(STRING)
 _COPY: Final = record(
+    "Copy",
     layer=_LAYER,
     path=STRING,
     role=words("gives", "merged", "covered", "hidden"),
@@ -154,13 +156,16 @@ _COPY: Final = record(
     marks=_XATTRS,
 )
 _CHANGE: Final = record(
+    "Change",
     kind=words("added", "changed", "deleted"),
     path=STRING,
     type=STRING,
     fields=array(STRING),
     renamed_from=optional(STRING),
 )
-_USAGE: Final = record(path=STRING, disk=INTEGER, apparent=INTEGER, objects=INTEGER, whiteouts=INTEGER)
+_USAGE: Final = record("Usage", path=STRING, disk=INTEGER, apparent=INTEGER, objects=INTEGER, whiteouts=INTEGER)
+
+TYPES: Final = (_LAYER, _DECISION, _COPY, _CHANGE, _USAGE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,12 +260,13 @@ METHODS: Final[tuple[Method, ...]] = (
             copies=array(_COPY),
             decided_by=optional(_DECISION),
             xattrs=_XATTRS,
-            ino=optional(record(shown=INTEGER, layer=optional(_LAYER), source=optional(STRING))),
+            ino=optional(record(number=INTEGER, layer=optional(_LAYER), source=optional(STRING))),
         ),
         (_PATH,),
         note="`layer` gives it and `source` is its path outside of the mount. `copies` are all there are of the path, "
         "top first: `gives`, `merged` into it, `covered` by one above, or `hidden` by the mark in `decided_by`. Values "
-        "of xattrs are in base64. A symlink is not followed.",
+        "of xattrs are in base64. `ino` is the inode number and the object it is made from; pyfuse3 shows others. A "
+        "symlink is not followed.",
     ),
     Method(
         "diff",
@@ -290,8 +296,8 @@ METHODS: Final[tuple[Method, ...]] = (
         record(nodes=INTEGER, replaced=INTEGER, kernel=BOOLEAN),
         (_BELOW, _PROGRESS),
         acts=True,
-        note="`nodes` were known and looked up again, `replaced` of them are something else now or gone. `kernel`: its "
-        "caches were told, too.",
+        note="`nodes` were known and looked up again, `replaced` of them are something else now or gone. `kernel`: it "
+        "was told to look every name up again (Linux 6.16); otherwise it was told of those that exist, name by name.",
     ),
     Method(
         "sync",
@@ -310,8 +316,10 @@ METHODS: Final[tuple[Method, ...]] = (
     Method(
         "drop_caches",
         "Let go of what can be read again: descriptors, merged names, and what the kernel caches of nodes.",
-        record(fds=INTEGER, names=INTEGER, kernel=BOOLEAN),
+        record(fds=INTEGER, names=INTEGER, nodes=INTEGER, kernel=BOOLEAN),
         acts=True,
+        note="`fds` descriptors were closed and `names` forgotten. `nodes` were known before, and `kernel` says "
+        "whether it was asked to forget those that nobody uses (Linux 6.18). Data of files is dropped in any case.",
     ),
     Method(
         "unmount",

@@ -21,7 +21,7 @@ import struct
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from time import monotonic, perf_counter
-from typing import Final
+from typing import Final, NamedTuple
 
 import trio
 
@@ -52,10 +52,18 @@ _PER_CALL: Final = 0.0002
 _UCRED: Final = struct.Struct("3i")
 _GID: Final = struct.Struct("I")
 _SO_PEERGROUPS: Final = 59
+_MOST_GROUPS: Final = 256
 
 
 #: What becomes of a connection whose client has gone, or does not read or write.
 _LOST: Final = (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError)
+
+
+class Peer(NamedTuple):
+    """Who is at the other end: the user, and all groups."""
+
+    uid: int
+    groups: frozenset[int]
 
 
 class Server:
@@ -107,10 +115,8 @@ class Server:
             self._clients.pop(connection, None)
 
     def _admits(self, sock: trio.socket.SocketType) -> bool:
-        _, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-        if uid in (0, os.geteuid()):
-            return True
-        return self._gid is not None and (gid == self._gid or self._gid in _groups(sock))
+        peer = credentials(sock)
+        return peer.uid in (0, os.geteuid()) or self._gid in peer.groups
 
     def _make_room(self) -> None:
         while len(self._clients) >= MAX_CLIENTS:
@@ -286,10 +292,11 @@ def _acts(call: Request) -> bool:
     return method is not None and method.acts
 
 
-def _groups(sock: trio.socket.SocketType) -> tuple[int, ...]:
-    """Supplementary groups of the peer (SO_PEERGROUPS, Linux 4.13)."""
+def credentials(sock: trio.socket.SocketType) -> Peer:
+    """Who connected, as of then (SO_PEERCRED, and SO_PEERGROUPS of Linux 4.13)."""
+    _, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     try:
-        raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 65536 * _GID.size)
-    except OSError:
-        return ()
-    return tuple(group for (group,) in _GID.iter_unpack(raw))
+        raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MOST_GROUPS * _GID.size)
+    except OSError:  # an old kernel, or a member of more groups: then the first one has to do
+        raw = b""
+    return Peer(uid, frozenset((gid, *(group for (group,) in _GID.iter_unpack(raw)))))

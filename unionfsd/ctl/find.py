@@ -132,14 +132,22 @@ def everything() -> Iterator[Seen]:
     for number, path in places.known(list(dict.fromkeys(directories))):
         sockets.setdefault(number, path)
     for number, found in lines.items():
-        if number in sockets or any(line.fstype == _OURS for line in found):
+        if any(line.fstype == _OURS for line in found):
             yield _seen(number, tuple(found), sockets.get(number))
+        elif number in sockets:
+            yield _seen_by_another_name(number, tuple(found), sockets[number])
     for number in sorted(sockets.keys() - lines.keys()):
         yield _seen(number, (), sockets[number])
 
 
+def _seen_by_another_name(number: int, lines: tuple[MountLine, ...], socket: bytes) -> Seen:
+    """A FUSE mount of another type: ours with ``subtype=``, or somebody's who got the number of a dead one of ours."""
+    seen = _seen(number, (), socket)
+    return seen._replace(lines=lines) if seen.status is not None else seen
+
+
 def _seen(number: int, lines: tuple[MountLine, ...], socket: bytes | None) -> Seen:
-    state: State = "dead" if not lines else "unknown"
+    state: State | None = None if lines else "dead"
     if socket is not None:
         try:
             with Client(socket, silence=_PULSE) as client:
@@ -149,15 +157,21 @@ def _seen(number: int, lines: tuple[MountLine, ...], socket: bytes | None) -> Se
         except (CallFailedError, PermissionError):
             return Seen(number, lines, socket, "unknown", None)
         except (GoneError, OSError):
-            pass
-    if lines:
-        state = _pulse(lines[0])
-    return Seen(number, lines, socket, state, None)
+            pass  # perhaps of a dead mount that had this number before, while this one starts
+    return Seen(number, lines, socket, state or _pulse(lines[0]), None)
+
+
+def covered(line: MountLine) -> bool:
+    """Whether something is mounted over it, so that its path leads elsewhere."""
+    return any(other.parent_id == line.mount_id and other.path == line.path for other in mountinfo.read())
 
 
 def _pulse(line: MountLine) -> State:
     """Whether a mount without a socket lives; asked from a thread, because a hung one never answers."""
     import threading
+
+    if covered(line):
+        return "unknown"
 
     outcome: list[State] = []
 

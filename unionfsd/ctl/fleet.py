@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 from unionfsd import mountinfo
-from unionfsd.control.client import CallFailedError, GoneError
+from unionfsd.control.client import CallFailedError, Client, GoneError
 from unionfsd.ctl import find, prometheus, show
 from unionfsd.ctl.verbs import NEGATIVE
 from unionfsd.errors import OK, reason
@@ -70,11 +70,12 @@ def _row(seen: Seen) -> tuple[str, ...]:
 
 
 def reap(given: argparse.Namespace) -> int:
-    """Take away mounts whose daemon is dead, and sockets that nobody listens on."""
+    """Take away mounts whose daemon is dead, and sockets that nobody listens on: all, or those on certain paths."""
     done: list[Json] = []
     failed = False
+    only = {os.path.abspath(os.fsencode(path)) for path in given.paths}
     for seen in find.everything():
-        if seen.state != "dead":
+        if seen.state != "dead" or (only and not only & {line.path for line in seen.lines}):
             continue
         for what, problem in _reap(seen, dry=given.dry_run):
             failed = failed or problem is not None
@@ -96,10 +97,9 @@ def _reap(seen: Seen, *, dry: bool) -> Iterator[tuple[str, str | None]]:
 
 
 def _detach(line: mountinfo.MountLine) -> str | None:
-    now = list(mountinfo.read())
-    if all(other.mount_id != line.mount_id for other in now):
+    if all(other.mount_id != line.mount_id for other in mountinfo.read()):
         return None
-    if any(other.parent_id == line.mount_id and other.path == line.path for other in now):
+    if find.covered(line):
         return "something is mounted over it"
     from unionfsd import syscalls
 
@@ -123,6 +123,11 @@ def _detach_by_fusermount(path: bytes) -> str | None:
 
 
 def _remove(socket: bytes) -> str | None:
+    try:
+        with Client(socket):
+            return "somebody listens after all"
+    except OSError:
+        pass
     try:
         os.unlink(socket)
     except FileNotFoundError:

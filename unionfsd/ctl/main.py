@@ -61,6 +61,8 @@ VERBS: Final[tuple[Verb, ...]] = (
     Verb("stats", "what a mount did, and what it holds", (_PATH,)),
     Verb("options", "the mount options in force", (_PATH,)),
     Verb("sync", "put the upper on disk", (_PATH,)),
+    Verb("refresh", "look again at layers that were changed underneath the mount", (_PATH,)),
+    Verb("drop-caches", "let go of what can be read again", (_PATH,)),
     Verb(
         "log",
         "the level of the log, and a new one",
@@ -77,7 +79,10 @@ VERBS: Final[tuple[Verb, ...]] = (
     Verb(
         "reap",
         "take away the mounts whose daemon is dead, and their sockets",
-        (Argument("--dry-run", "only say which", {"action": "store_true"}),),
+        (
+            Argument("paths", "mountpoints (default: all there are)", {"nargs": "*", "metavar": "path"}),
+            Argument("--dry-run", "only say which", {"action": "store_true"}),
+        ),
         "fleet",
     ),
     Verb(

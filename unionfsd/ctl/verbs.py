@@ -142,7 +142,7 @@ def _explain(value: Json) -> str:
     lines += [_indented(f"{where}: {name} = {data}") for where, name, data in _marks(value)]
     if value["ino"] is not None:
         source = value["ino"]["source"]
-        lines.append(_indented(f"inode {value['ino']['shown']}" + (f", of {show.name(source)}" if source else "")))
+        lines.append(_indented(f"inode {value['ino']['number']}" + (f", of {show.name(source)}" if source else "")))
     return "\n".join(lines)
 
 
@@ -265,6 +265,25 @@ def sync(given: argparse.Namespace) -> int:
     with Asked(given, silence=None) as asked:
         value = asked.client.call("sync")
     return out(given, value, lambda _: "volatile: nothing is synced" if value["volatile"] else "")
+
+
+def refresh(given: argparse.Namespace) -> int:
+    progress = show.Progress("refresh")
+    with Asked(given, silence=None) as asked:
+        value = asked.client.call(
+            "refresh",
+            notified=lambda _, params: progress.update(params["done"]),
+            path=asked.inside,
+            progress=sys.stderr.isatty(),
+        )
+    progress.clear()
+    return out(given, value, lambda _: f"{value['nodes']:,} objects looked at, {value['replaced']:,} were replaced")
+
+
+def drop_caches(given: argparse.Namespace) -> int:
+    with Asked(given, silence=None) as asked:
+        value = asked.client.call("drop_caches")
+    return out(given, value, lambda _: f"{value['fds']:,} descriptors closed, {value['names']:,} names forgotten")
 
 
 def log(given: argparse.Namespace) -> int:

@@ -1,0 +1,129 @@
+"""mount(8) with `fuse.unionfsd`: from a command line and from an fstab, through /sbin/mount.fuse.unionfsd.
+
+The helper is put in its place in a private mount namespace only, by the kernel's overlayfs.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness import PROJECT, Layers, Watchdog
+
+_HELPER = """\
+#!{python}
+import sys
+sys.path.insert(0, {project!r})
+from unionfsd.cli import main
+sys.exit(main())
+"""
+
+_NAMESPACE = """\
+mount -t overlay overlay -o lowerdir="$1":/usr/sbin /usr/sbin
+shift
+exec "$@"
+"""
+
+
+class Namespace:
+    """Runs shell scripts, each in a mount namespace in which the helper is installed."""
+
+    def __init__(self, layers: Layers) -> None:
+        self.layers = layers
+        self.options = layers.options()
+        self._sbin = layers.root / "sbin"
+        self._sbin.mkdir()
+        helper = self._sbin / "mount.fuse.unionfsd"
+        helper.write_text(_HELPER.format(python=sys.executable, project=str(PROJECT)))
+        helper.chmod(0o755)
+
+    def __call__(self, script: str) -> str:
+        """What `script`, which must succeed, prints. `$options` and `$mnt` are the layers' as in `Layers`."""
+        unshare = ["unshare", "--mount", "--propagation=private", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        prologue = f"set -e\noptions={shlex.quote(self.options)}\nmnt={shlex.quote(str(self.layers.mnt))}\n"
+        shell = ["sh", "-c", _NAMESPACE, "sh", str(self._sbin), "sh", "-c", prologue + script]
+        done = subprocess.run([*unshare, *shell], capture_output=True, text=True, cwd="/", timeout=60, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def fstab(self, options: str) -> Path:
+        """An fstab with one line."""
+        path = self.layers.root / "fstab"
+        path.write_text(f"layers {self.layers.mnt} fuse.unionfsd {options} 0 0\n")
+        return path
+
+
+@pytest.fixture
+def namespace(layers: Layers) -> Iterator[Namespace]:
+    (layers.lower / "file").write_text("lower\n")
+    # Mounts end with their namespace, which a hanging one keeps alive.
+    watchdog = Watchdog(100, f"umount --force --lazy {shlex.quote(str(layers.mnt))} 2>/dev/null")
+    yield Namespace(layers)
+    assert watchdog.call_off()
+
+
+SHOW = 'findmnt --noheadings --output SOURCE,FSTYPE "$mnt" | tr -s " "; cat "$mnt/file"\n'
+
+
+def test_a_mount_by_type(namespace: Namespace) -> None:
+    said = namespace(
+        'mount -t fuse.unionfsd layers "$mnt" -o "$options"\n' + SHOW + 'echo new >"$mnt/new"; umount "$mnt"'
+    )
+    assert said == "layers fuse.unionfsd\nlower\n"
+    assert (namespace.layers.upper / "new").read_text() == "new\n"
+
+
+@pytest.mark.parametrize("flags", ["-n", "-s", "-v", "-r", "-w", "-o nosuid,nodev"])
+def test_flags_of_mount(flags: str, namespace: Namespace) -> None:
+    said = namespace(f'mount {flags} -t fuse.unionfsd layers "$mnt" -o "$options" >/dev/null\n' + SHOW)
+    assert said == "layers fuse.unionfsd\nlower\n"
+
+
+def test_flags_reach_the_mount(namespace: Namespace) -> None:
+    said = namespace('mount -r -t fuse.unionfsd layers "$mnt" -o "$options,noexec"\nfindmnt -nro OPTIONS "$mnt"')
+    assert {"ro", "noexec", "allow_other"} <= set(said.strip().split(","))
+
+
+def test_a_dry_run_mounts_nothing(namespace: Namespace) -> None:
+    assert namespace('mount -f -t fuse.unionfsd layers "$mnt" -o "$options"\nfindmnt "$mnt" || echo none') == "none\n"
+
+
+def test_an_fstab(namespace: Namespace) -> None:
+    later = "nofail,_netdev,user,x-systemd.requires-mounts-for=/,x-systemd.automount,comment=ours"
+    fstab = namespace.fstab(f"{namespace.options},{later}")
+    assert namespace(f'mount --fstab {fstab} "$mnt"\n' + SHOW) == "layers fuse.unionfsd\nlower\n"
+    assert namespace(f"mount --fstab {fstab} --all\n" + SHOW) == "layers fuse.unionfsd\nlower\n"
+
+
+def test_an_fstab_with_paths_that_need_escapes(namespace: Namespace) -> None:
+    lower = namespace.layers.root / "a b:c,d"
+    lower.mkdir()
+    (lower / "file").write_text("strange\n")
+    written = str(lower).replace(":", "\\:").replace(",", "\\,").replace(" ", "\\040")
+    fstab = namespace.fstab(f"lowerdir={written},nofail")
+    assert namespace(f'mount --fstab {fstab} "$mnt"\n' + SHOW) == "layers fuse.unionfsd\nstrange\n"
+
+
+def test_noauto_is_left_alone(namespace: Namespace) -> None:
+    fstab = namespace.fstab(f"{namespace.options},noauto")
+    assert namespace(f'mount --fstab {fstab} --all\nfindmnt "$mnt" || echo none') == "none\n"
+
+
+def test_a_failure_is_told_and_the_code_passed_on(namespace: Namespace) -> None:
+    said = namespace('mount -t fuse.unionfsd layers "$mnt" -o lowerdir=/nonexistent 2>&1 || echo "code $?"')
+    assert said == "unionfsd: lowerdir /nonexistent: No such file or directory (name an existing directory)\ncode 3\n"
+
+
+def test_options_change_by_remounting_without_the_helper(namespace: Namespace) -> None:
+    said = namespace(
+        'mount -t fuse.unionfsd layers "$mnt" -o "$options"\n'
+        'mount -o remount,ro "$mnt" 2>&1 || echo "code $?"\n'
+        'mount -i -o remount,ro "$mnt"; touch "$mnt/new" 2>&1 || true'
+    )
+    assert "option remount: not supported (for ro, nodev and the like use: mount -i -o remount,...)\ncode 2\n" in said
+    assert "Read-only file system" in said
