@@ -14,6 +14,7 @@ from tests import harness
 from tests.harness import (
     MODES,
     REFERENCE,
+    WRITEBACK,
     Daemon,
     DaemonFactory,
     FuseOverlayFS,
@@ -33,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--mode",
         action="append",
-        choices=[str(mode) for mode in (*MODES, REFERENCE)],
+        choices=[str(mode) for mode in (*MODES, WRITEBACK, REFERENCE)],
         help="run the mount tests over this mode only; may be repeated (default: every mode but the reference)",
     )
 
@@ -45,7 +46,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "mode" in metafunc.fixturenames:
         wanted = metafunc.config.getoption("mode")
-        modes = [mode for mode in (*MODES, REFERENCE) if str(mode) in wanted] if wanted else list(MODES)
+        modes = [*MODES, *getattr(metafunc.module, "MORE_MODES", ())]
+        if wanted:
+            modes = [mode for mode in (*MODES, WRITEBACK, REFERENCE) if str(mode) in wanted]
         metafunc.parametrize("mode", modes, ids=str)
 
 

@@ -44,17 +44,22 @@ class Mode(NamedTuple):
 
     transport: str
     io: str
+    writeback: str = ""
 
     def __str__(self) -> str:
-        return f"{self.transport}-{self.io}"
+        return "-".join(filter(None, self))
 
     @property
     def options(self) -> tuple[str, ...]:
-        return (f"transport={self.transport}", f"io={self.io}")
+        more = ("writeback=on",) if self.writeback else ()
+        return (f"transport={self.transport}", f"io={self.io}", *more)
 
 
 #: Every mount test runs over each of these.
-MODES: Final = (Mode("pyfuse3", "cached"), Mode("channel", "cached"))
+MODES: Final = (Mode("pyfuse3", "cached"), Mode("channel", "cached"), Mode("channel", "passthrough"))
+
+#: Tests of data run over this one, too: those of modules that have it in `MORE_MODES`.
+WRITEBACK: Final = Mode("channel", "cached", "writeback")
 
 #: Not a mode of the daemon: `--mode overlayfs-kernel` holds what the tests expect against the kernel's overlayfs.
 REFERENCE: Final = Mode("overlayfs", "kernel")

@@ -4,8 +4,8 @@ Up: layers opened and locked, mounted, transport imported, served; then standard
 READY last. Down: unmounted, the transport returns, the union synced and closed. What fails on the way up takes down
 what was up before it, so nothing is left mounted.
 
-The mount exists before trio and the transport are imported: the kernel queues its first requests meanwhile. Between
-mounting and the signal receiver the signals that stop us are blocked, so that none can leave a dead mount behind.
+The mount exists, and answers, before trio is imported (`Channel.begin`). Between mounting and the signal receiver the
+signals that stop us are blocked, so that none can leave a dead mount behind.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import signal
 from collections.abc import Awaitable, Callable
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Final, NoReturn, Protocol
+from typing import TYPE_CHECKING, Final, NoReturn, TypeAlias
 
 from unionfsd import errors, logs, systemd
 from unionfsd.control.listener import Control
@@ -39,12 +39,8 @@ log = logging.getLogger(__name__)
 _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-class Serve(Protocol):
-    """What a transport is: it answers the kernel until the mount is gone, and calls `started` once when it does."""
-
-    def __call__(
-        self, union: Union, fuse_fd: int, config: MountConfig, *, started: Callable[[], None]
-    ) -> Awaitable[None]: ...
+#: What a transport is by the time it is run: it answers the kernel until the mount is gone.
+Serve: TypeAlias = Callable[[], Awaitable[None]]
 
 
 def run(config: MountConfig, *, foreground: bool) -> int:
@@ -179,49 +175,77 @@ def _take_down(mount: Mount) -> None:
 
 
 def _serve(union: Union, mount: Mount, control: Control, config: MountConfig, up: Callable[[], None]) -> None:
-    import trio  # late: the mount is there already, see the head of this file
+    answering = _Answering()
 
     def started() -> None:
-        gc.freeze()
-        gc.enable()
+        control.listen(mount.number)
         up()
         log.info("mounted on %s", os.fsdecode(config.mountpoint))
         systemd.notify("READY=1", f"MAINPID={os.getpid()}")
+        answering.set()
 
-    trio.run(_serve_until_gone, union, mount, control, config, _transport(config), started)
+    serve = _transport(union, mount, config, started)
+    import trio  # late: the mount is there already, see the head of this file
+
+    gc.freeze()
+    gc.enable()
+    trio.run(_serve_until_gone, union, mount, control, config, serve, answering)
 
 
-def _transport(config: MountConfig) -> Serve:
+class _Answering:
+    """Whether the mount answers, before there is an event loop to wait in."""
+
+    def __init__(self) -> None:
+        self._event: trio.Event | None = None
+        self._set = False
+
+    def set(self) -> None:
+        self._set = True
+        if self._event is not None:
+            self._event.set()
+
+    async def wait(self) -> None:
+        import trio
+
+        if not self._set:
+            self._event = trio.Event()
+            await self._event.wait()
+
+
+def _transport(union: Union, mount: Mount, config: MountConfig, started: Callable[[], None]) -> Serve:
+    """What serves the mount. The kernel channel has begun to when this returns."""
     if config.transport == "pyfuse3":
         from unionfsd.fuse import libfuse
 
-        return libfuse.serve
+        return partial(libfuse.serve, union, mount.fuse_fd, config, started=started)
     from unionfsd.fuse import channel
 
-    return channel.serve
+    serving = channel.channel(union, mount.fuse_fd, config, started)
+    serving.begin()
+    return serving.run
 
 
 async def _serve_until_gone(
-    union: Union, mount: Mount, control: Control, config: MountConfig, serve: Serve, started: Callable[[], None]
+    union: Union, mount: Mount, control: Control, config: MountConfig, serve: Serve, answering: _Answering
 ) -> None:
     import trio
 
     from unionfsd.fuse.driver import drive
 
-    def answering() -> None:
-        control.listen(mount.number)
-        started()
+    async def attend() -> None:
+        await answering.wait()
         if systemd.listening():
             from unionfsd import service
 
             nursery.start_soon(service.report, union)
-        nursery.start_soon(_serve_clients, control, _mounted(union, mount, control, config))
+        await _serve_clients(control, _mounted(union, mount, control, config))
 
     failure: Exception | None = None
     async with trio.open_nursery() as nursery:
         await nursery.start(_stop_on_signals, mount, nursery)
         try:
-            await serve(union, mount.fuse_fd, config, started=answering)
+            nursery.start_soon(attend)
+            await serve()
         except Exception as error:  # kept, because a nursery would wrap it
             failure = error
         nursery.cancel_scope.cancel()

@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import stat
+import time
 from collections.abc import Iterator
 from typing import Final, Protocol
 
@@ -28,6 +29,9 @@ from .options import MountConfig
 from .syscalls import Fd
 
 log = logging.getLogger(__name__)
+
+#: Seconds to wait for the lock of a mount that is ending: umount(8) returns before its daemon has.
+_LOCK_PATIENCE: Final = 2.0
 
 _INO_BITS: Final = 56
 _INO_MASK: Final = (1 << _INO_BITS) - 1
@@ -267,6 +271,11 @@ class LayerStack:
         """The same from a directory entry of `layer`, whose file system is taken to be that of the layer's root."""
         return self._fsid(layer.dev) << _INO_BITS | _fold(ino)
 
+    def unlock(self) -> None:
+        """Give up the locks on upper and work: from now on another mount may have them."""
+        for lock in self._locks:
+            lock.close()
+
     def close(self) -> None:
         """Close every descriptor; the locks on upper and work go with them."""
         for layer in (self.upper, *self.lowers):
@@ -274,8 +283,7 @@ class LayerStack:
                 layer.root.close()
         if self.work is not None:
             self.work.close()
-        for lock in self._locks:
-            lock.close()
+        self.unlock()
 
 
 def open_stack(config: MountConfig) -> LayerStack:
@@ -373,7 +381,7 @@ def _inside(path: bytes, directory: bytes) -> bool:
 def _lock(path: bytes, what: str, opened: contextlib.ExitStack) -> Fd:
     fd = opened.enter_context(_open_root(path, what, os.O_RDONLY))
     try:
-        fcntl.flock(fd.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _flock(fd.fd)
     except BlockingIOError as exc:
         raise UserError(
             f"{what} {_show(path)} is in use by another mount", hint="unmount that first, or give another", code=BUSY
@@ -381,6 +389,19 @@ def _lock(path: bytes, what: str, opened: contextlib.ExitStack) -> Fd:
     except OSError as exc:
         log.warning("%s %s: cannot be locked (%s); do not mount it twice", what, _show(path), exc.strerror)
     return fd
+
+
+def _flock(fd: int) -> None:
+    """Take the lock; BlockingIOError when it stays taken for longer than a daemon needs that was just unmounted."""
+    end = time.monotonic() + _LOCK_PATIENCE
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.01)
 
 
 def _refuse_kernel_mount(upper: bytes, st: os.stat_result) -> None:

@@ -332,8 +332,14 @@ class Union:
     # The mount as a whole.
 
     def shutdown(self) -> Op[None]:
-        """The last operation: puts the upper on disk, as the kernel asks nobody to when it unmounts."""
-        return self.syncfs()
+        """The last operation: puts the upper on disk, as the kernel asks nobody to when it unmounts.
+
+        The next mount of the upper need not wait for that: the locks go first.
+        """
+        if self._work is not None:
+            self._work.close()
+        self.stack.unlock()
+        yield from self.syncfs()
 
     def syncfs(self) -> Op[None]:
         """Put the upper on disk, unless the mount is volatile."""

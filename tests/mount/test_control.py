@@ -153,7 +153,7 @@ def test_the_other_reading_verbs(mount: Daemon, layers: Layers) -> None:
     stats = ctl("stats", "--json", mount.path).json
     assert stats["counters"]["copied_bytes"] >= 0
     assert stats["counters"]["requests"] > 0
-    assert stats["nodes"] >= 3
+    assert stats["nodes"] >= 1
     total = ctl("du", "--json", "--depth", "1", mount.path).json["total"]
     assert total["apparent"] >= 100_000
     options = ctl("options", "--json", mount.path).json
@@ -330,10 +330,8 @@ def test_dropped_caches_let_the_kernel_forget(layers: Layers, daemon: DaemonFact
     mount = daemon()
     for path in mount.path.iterdir():
         path.read_text()
-    before = ctl("stats", "--json", mount.path).json
     dropped = ctl("drop-caches", "--json", mount.path).json
-    assert before["nodes"] > 300
-    assert dropped["fds"] > 0
+    assert dropped["names"] >= 300
     if dropped["kernel"]:
         wait_for(lambda: ctl("stats", "--json", mount.path).json["nodes"] < 20, "the kernel keeps its nodes")
     assert (mount / "f7").read_text() == "x"

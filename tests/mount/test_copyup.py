@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import Layers, MountFactory, as_user, in_child, small_disk
+from tests.harness import WRITEBACK, Layers, MountFactory, as_user, in_child, small_disk
 from tests.trees import (
     ACCESS,
     CAPABILITY,
@@ -27,6 +27,8 @@ from tests.trees import (
     make,
     snapshot,
 )
+
+MORE_MODES = (WRITEBACK,)
 
 MINUTE = 60 * 1_000_000_000
 

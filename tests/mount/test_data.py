@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import Layers, MountFactory, in_child, run
+from tests.harness import WRITEBACK, Layers, MountFactory, in_child, run
 from tests.trees import errno_of
+
+MORE_MODES = (WRITEBACK,)
 
 WHERE = ("lower", "upper")
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from tests.harness import GROUP, PROJECT, USER, wait_for
+from tests.system import private
 
 # What a test machine may lack: networks, a cgroup hierarchy to write in, the right to raise limits.
 _CONTAINERS_CONF: Final = """\
@@ -53,11 +54,8 @@ _PROGRAM: Final = """\
 exec env {environment} {python} -m unionfsd "$@"
 """
 
-# Run by the first process of the namespaces. With hybrid cgroups podman takes the unified hierarchy for all there is.
+# Run by the first process of the namespaces.
 _INIT: Final = """\
-set -e
-mount --make-rshared /
-! mountpoint -q /sys/fs/cgroup/unified || umount /sys/fs/cgroup/unified
 cd {root}
 {preparation}
 touch ready
@@ -135,9 +133,8 @@ class Store:
             "site": shlex.quote(site.getsitepackages()[0]),
         }
         preparation = _ROOTLESS.format(uid=USER, gid=GROUP, **quoted) if self._rootless else ""
-        script = _INIT.format(root=quoted["root"], preparation=preparation)
-        namespaces = ["--mount", "--propagation=private", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        self._outer = subprocess.Popen(["unshare", *namespaces, "sh", "-c", script], stdin=subprocess.DEVNULL)
+        script = private.PROLOGUE + _INIT.format(root=quoted["root"], preparation=preparation)
+        self._outer = subprocess.Popen([*private.UNSHARE, "sh", "-c", script], stdin=subprocess.DEVNULL)
         outer = self._outer
         wait_for(lambda: (self.root / "ready").exists() or outer.poll() is not None, "namespaces")
         assert outer.poll() is None, "the namespaces could not be made"

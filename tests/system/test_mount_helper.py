@@ -6,28 +6,13 @@ The helper is put in its place in a private mount namespace only, by the kernel'
 from __future__ import annotations
 
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.harness import PROJECT, Layers, Watchdog
-
-_HELPER = """\
-#!{python}
-import sys
-sys.path.insert(0, {project!r})
-from unionfsd.cli import main
-sys.exit(main())
-"""
-
-_NAMESPACE = """\
-mount -t overlay overlay -o lowerdir="$1":/usr/sbin /usr/sbin
-shift
-exec "$@"
-"""
+from tests.harness import Layers, Watchdog
+from tests.system import private
 
 
 class Namespace:
@@ -38,16 +23,12 @@ class Namespace:
         self.options = layers.options()
         self._sbin = layers.root / "sbin"
         self._sbin.mkdir()
-        helper = self._sbin / "mount.fuse.unionfsd"
-        helper.write_text(_HELPER.format(python=sys.executable, project=str(PROJECT)))
-        helper.chmod(0o755)
+        private.install(self._sbin / "mount.fuse.unionfsd")
 
     def __call__(self, script: str) -> str:
         """What `script`, which must succeed, prints. `$options` and `$mnt` are the layers' as in `Layers`."""
-        unshare = ["unshare", "--mount", "--propagation=private", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        prologue = f"set -e\noptions={shlex.quote(self.options)}\nmnt={shlex.quote(str(self.layers.mnt))}\n"
-        shell = ["sh", "-c", _NAMESPACE, "sh", str(self._sbin), "sh", "-c", prologue + script]
-        done = subprocess.run([*unshare, *shell], capture_output=True, text=True, cwd="/", timeout=60, check=False)
+        install = 'set -e; mount -t overlay overlay -o lowerdir="$sbin":/usr/sbin /usr/sbin\n'
+        done = private.shell(install + script, sbin=self._sbin, options=self.options, mnt=self.layers.mnt)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

@@ -180,7 +180,7 @@ class FakeUnion:
     def getxattr(self, nodeid: int, name: bytes) -> bytes:
         return b"value"
 
-    def listxattr(self, nodeid: int) -> list[bytes]:
+    def listxattr(self, nodeid: int, *, trusted: bool) -> list[bytes]:
         return [b"user.a", b"user.b"]
 
     def birth_time(self, nodeid: int) -> int | None:

@@ -288,6 +288,22 @@ def test_a_file_that_never_had_a_name_gets_one() -> None:
     assert table.root.children is None
 
 
+def test_a_directory_that_only_a_second_name_needed_goes_with_it() -> None:
+    """The kernel forgot the directory first, and the file that was linked into it later."""
+    table = new_table()
+    directory = table.add(table.root, b"d", UPPER, 7, directory=True)
+    assert isinstance(directory, DirNode)
+    node = table.add(table.root, b"a", UPPER, 8, directory=False)
+    table.looked_up(directory)
+    table.looked_up(node)
+    table.know_inode((1, 8), node)
+    table.alias(node, directory, b"b")
+    table.forget(directory.nodeid, 1)
+    assert table.get(directory.nodeid) is directory
+    table.forget(node.nodeid, 1)
+    assert list(table) == [table.root]
+
+
 def test_what_a_node_held_open_is_closed_when_it_goes() -> None:
     table = new_table()
     node = table.add(table.root, b"a", UPPER, 7, directory=False)

@@ -10,6 +10,8 @@ Rules of this file:
 - Every request that expects a reply gets exactly one: from `_answer`, or from `_finish` if its operation was deferred.
 - A guard in each of the two turns exceptions into errnos: OSError into its own, WireError and anything unexpected into
   EIO, the unexpected with a traceback in the log.
+- trio is imported when the channel first waits. Until then `begin` serves, without a loop or a task, so that a mount
+  answers while most of its start is still to come.
 - INTERRUPT is ignored, as the protocol allows: what is inline is over before it could be read, what is deferred is a
   copy-up or a sync that somebody else may already count on.
 """
@@ -19,23 +21,24 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Callable
+import select
+from collections.abc import Awaitable, Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Final
-
-import trio
 
 from unionfsd.errors import UserError
 from unionfsd.fuse import negotiate, readahead, wire
 from unionfsd.fuse.abi import FUSE_KERNEL_VERSION, InitFlag, Opcode
 from unionfsd.fuse.dirs import Dirs
-from unionfsd.fuse.driver import finish
 from unionfsd.fuse.exchange import Deferred, Exchange, Handler, Payload
 from unionfsd.fuse.files import Files
 from unionfsd.fuse.linger import Lingerer
 from unionfsd.fuse.names import Names
+from unionfsd.fuse.passthrough import Passthrough
 
 if TYPE_CHECKING:
+    import trio
+
     from unionfsd.options import MountConfig
     from unionfsd.union import Union
 
@@ -48,9 +51,10 @@ _SHORT_SLICE: Final = 0.0002
 _BURST: Final = 32
 """Requests between two looks at the clock when they come faster than they are answered."""
 
-_WRITEBACK: Final = False
-"""Write-through: a write(2) whose copy-up finds no space fails, and leaves the view as it was. With the writeback cache
-the kernel learns of it at close(2) and keeps showing data and sizes that are nowhere."""
+_QUIET_MS: Final = 20
+"""Milliseconds without a request after which the start goes on."""
+_BEGINNING: Final = 1.0
+"""Seconds after which it goes on even while requests keep coming."""
 _DEFECT: Final = "request failed with an unexpected error"
 _OUT: Final = wire.OUT_HEADER
 _OUT_SIZE: Final = wire.OUT_HEADER.size
@@ -64,8 +68,13 @@ async def serve(union: Union, fuse_fd: int, config: MountConfig, *, started: Cal
     `started` is called once, when INIT has been answered. `fuse_fd` stays the caller's and becomes non-blocking.
     UserError: the kernel is too old.
     """
+    await channel(union, fuse_fd, config, started).run()
+
+
+def channel(union: Union, fuse_fd: int, config: MountConfig, started: Callable[[], None]) -> Channel:
+    """The same in two parts: `begin`, which needs no event loop, then `run`."""
     kind = TracedChannel if config.debug else Channel
-    await kind(union, fuse_fd, config, started).run()
+    return kind(union, fuse_fd, config, started)
 
 
 class Channel:
@@ -78,6 +87,7 @@ class Channel:
         self._started = started
         self._mountpoint = config.mountpoint
         self._wanted = _wanted(config)
+        self._explicit = "io" in config.explicit
         self._exchange = Exchange(union, valid, self._defer)
         self._names = Names(self._exchange)
         self._files = Files(self._exchange)
@@ -85,7 +95,10 @@ class Channel:
         self._handlers: list[Handler] = [self._unknown] * wire.OPCODES
         self._fill(self._names.table() | self._files.table() | self._dirs.table())
         self._fill({Opcode.INIT: self._init, Opcode.DESTROY: _ok, Opcode.INTERRUPT: _silent})
-        self._nursery: trio.Nursery
+        self._nursery: trio.Nursery | None = None
+        self._early: list[Deferred] = []
+        self._readable: Callable[[int], Awaitable[None]]
+        self._checkpoint: Callable[[], Awaitable[None]]
         self._deferred = 0
         self._alone = Lingerer(fuse_fd)
         self._beside = Lingerer(fuse_fd)
@@ -99,16 +112,39 @@ class Channel:
 
     async def run(self) -> None:
         """Serve until the mount is gone and every deferred operation has ended."""
+        import trio
+
         os.set_blocking(self._fd, False)
+        self._readable, self._checkpoint = trio.lowlevel.wait_readable, trio.lowlevel.checkpoint
         failure: Exception | None = None
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            for deferred in self._early:
+                nursery.start_soon(self._finish, deferred)
             try:
                 await self._loop()
             except Exception as exc:  # kept, because the nursery would wrap it
                 failure = exc
         if failure is not None:
             raise failure
+
+    def begin(self) -> None:
+        """Answer INIT and what comes with it, until nothing comes for a moment or something has to wait for a thread.
+
+        UserError: the kernel is too old.
+        """
+        os.set_blocking(self._fd, False)
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        end = monotonic() + _BEGINNING
+        while not self._early and poll.poll(_QUIET_MS) and monotonic() < end:
+            try:
+                received = os.readv(self._fd, self._exchange.inbox.vector)
+            except OSError:
+                return  # `run` meets it again, and knows what to do
+            if received < wire.BODY:
+                return
+            self._answer(received)
 
     async def _loop(self) -> None:
         fd, exchange, answer = self._fd, self._exchange, self._answer
@@ -145,7 +181,7 @@ class Channel:
         if lingerer.spin() or (not deferred and lingerer.sleep()):
             return
         start = monotonic()
-        await trio.lowlevel.wait_readable(self._fd)
+        await self._readable(self._fd)
         now = monotonic()
         lingerer.woken(now - start)
         self._turn = now + (_SHORT_SLICE if deferred else _SLICE)
@@ -153,7 +189,7 @@ class Channel:
     async def _turn_over(self) -> None:
         """Let every other task run if the channel's turn is over."""
         if monotonic() > self._turn:
-            await trio.lowlevel.checkpoint()
+            await self._checkpoint()
             self._turn = monotonic() + (_SHORT_SLICE if self._deferred else _SLICE)
 
     # --- one request -------------------------------------------------------------------------------------------------
@@ -208,10 +244,15 @@ class Channel:
 
     def _defer(self, deferred: Deferred) -> None:
         self._deferred += 1
-        self._nursery.start_soon(self._finish, deferred)
+        if self._nursery is None:
+            self._early.append(deferred)
+        else:
+            self._nursery.start_soon(self._finish, deferred)
 
     async def _finish(self, deferred: Deferred) -> None:
         """Drive an operation from its first step to its end, and answer its request."""
+        from unionfsd.fuse.driver import finish  # late, like trio
+
         header = (0, 0, deferred.unique)
         try:
             self._reply(deferred.unique, deferred.done(await finish(deferred.op, deferred.step)))
@@ -242,7 +283,14 @@ class Channel:
         self._names.setxattr_ext = InitFlag.SETXATTR_EXT in session.flags
         if InitFlag.NO_OPEN_SUPPORT in session.flags:
             self._files.handles = False
-            self._fill({Opcode.OPEN: self._unknown, Opcode.FLUSH: self._unknown})
+        if InitFlag.PASSTHROUGH in session.flags:
+            self._files.passthrough = Passthrough(
+                self._fd, self._exchange.union, self._exchange.unsettled, asked_for=self._explicit
+            )
+        elif self._wanted.passthrough and self._explicit:
+            log.warning("io=passthrough is not possible: the kernel does not offer it (Linux 6.9)")
+        if self._wanted.writeback and InitFlag.WRITEBACK_CACHE not in session.flags:
+            log.warning("writeback=on ignored: it cannot be had together with io=passthrough")
         if InitFlag.NO_OPENDIR_SUPPORT in session.flags:
             self._dirs.handles = False
             self._fill({Opcode.OPENDIR: self._unknown})
@@ -279,4 +327,8 @@ def _silent(nodeid: int, end: int) -> None:
 
 def _wanted(config: MountConfig) -> negotiate.Wanted:
     """What this mount asks of the kernel. A timeout somebody set means that something else changes the layers."""
-    return negotiate.Wanted(writeback=_WRITEBACK, sole_writer="timeout" not in config.explicit, handles=False)
+    return negotiate.Wanted(
+        writeback=config.writeback == "on",
+        sole_writer="timeout" not in config.explicit,
+        passthrough=config.io == "passthrough",
+    )

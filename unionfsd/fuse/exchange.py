@@ -62,11 +62,13 @@ class Deferred:
 class Exchange:
     """The state of one connection that its handlers share."""
 
-    __slots__ = ("_defer", "_spare", "buf", "header", "inbox", "outbox", "union", "valid")
+    __slots__ = ("_defer", "_spare", "buf", "header", "inbox", "outbox", "union", "unsettled", "valid")
 
     def __init__(self, union: Union, valid: wire.Validity, defer: Callable[[Deferred], None]) -> None:
         self.union = union
         self.valid = valid
+        self.unsettled: set[int] = set()
+        """Nodes that may be written without a message: the kernel is not to keep their attributes."""
         self.inbox = Buffer()
         self.outbox = Buffer()
         self.buf = self.inbox.map
@@ -100,19 +102,28 @@ class Exchange:
         """Take a buffer back from a deferred operation that has ended."""
         self._spare.append(buffer)
 
+    @property
+    def by_root(self) -> bool:
+        """Whether the request in hand is root's, who is taken to have every capability: no request says so."""
+        return self.header[4] == 0
+
     def caller(self, umask: int = 0) -> Caller:
         """Who sent the request in hand."""
         header = self.header
         return Caller(header[4], header[5], header[6], umask)
 
+    def validity(self, nodeid: int) -> wire.Validity:
+        """How long what is said of a node holds."""
+        return self.valid._replace(attr_valid=0, attr_valid_nsec=0) if nodeid in self.unsettled else self.valid
+
     def entry(self, found: Found) -> bytes:
         """ENTRY_OUT of a lookup that succeeded; the kernel now counts one reference more."""
         nodeid, generation, attributes = found
-        return wire.ENTRY_OUT.pack(nodeid, generation, *self.valid, *wire.attr(*attributes))
+        return wire.ENTRY_OUT.pack(nodeid, generation, *self.validity(nodeid), *wire.attr(*attributes))
 
-    def attributes(self, attributes: Attr) -> bytes:
+    def attributes(self, nodeid: int, attributes: Attr) -> bytes:
         """ATTR_OUT."""
-        valid = self.valid
+        valid = self.validity(nodeid)
         return wire.ATTR_OUT.pack(valid.attr_valid, valid.attr_valid_nsec, *wire.attr(*attributes))
 
 

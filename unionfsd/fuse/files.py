@@ -1,12 +1,14 @@
 """Requests about the data of files. The rules of handlers are in `exchange`.
 
 The data path belongs to the node: READ and WRITE go by nodeid, and fh says only whether OPEN was answered (it is then
-the nodeid) or declined (0). In cached mode OPEN, FLUSH and OPENDIR are declined with ENOSYS, once each; the kernel then
-opens and closes without a message, keeps its page cache across opens, and sends no RELEASE.
+the nodeid) or declined (0). FLUSH is declined with ENOSYS, once: nothing is kept back that an error could come from.
+In cached mode OPEN and OPENDIR are, too; the kernel then opens and closes without a message, keeps its page cache over
+opens, and sends no RELEASE.
 """
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from unionfsd.fuse import abi, wire
@@ -16,6 +18,7 @@ from unionfsd.fuse.names import killed
 from unionfsd.union import SetAttr
 
 if TYPE_CHECKING:
+    from unionfsd.fuse.passthrough import Passthrough
     from unionfsd.steps import Op
     from unionfsd.union import Caller, Found, Union
 
@@ -24,7 +27,6 @@ T = TypeVar("T")
 _BODY: Final = wire.BODY
 _DATA: Final = wire.BODY + wire.WRITE_IN.size
 _ARGUMENT: Final = wire.BODY + wire.IOCTL_IN.size
-_ROOT: Final = 0
 
 
 class Files:
@@ -35,6 +37,8 @@ class Files:
         self._union = exchange.union
         self.handles = True
         """Whether OPEN is answered; False once the kernel was told that it need not send it."""
+        self.passthrough: Passthrough | None = None
+        """Set where the kernel may be given files."""
 
     def table(self) -> dict[Opcode, Handler]:
         """The handlers by opcode."""
@@ -43,7 +47,6 @@ class Files:
             Opcode.CREATE: self._create,
             Opcode.TMPFILE: self._tmpfile,
             Opcode.RELEASE: self._release,
-            Opcode.FLUSH: self._flush,
             Opcode.READ: self._read,
             Opcode.WRITE: self._write,
             Opcode.FSYNC: self._fsync,
@@ -57,39 +60,57 @@ class Files:
     # --- opening -----------------------------------------------------------------------------------------------------
 
     def _open(self, nodeid: int, end: int) -> Payload | None:
+        if self.passthrough is not None and self.passthrough.impossible:
+            self.handles = False
+        if not self.handles:
+            raise OSError(errno.ENOSYS, "opened without a message")
         exchange = self._exchange
         flags, _ = wire.OPEN_IN.unpack_from(exchange.buf, _BODY)
-        reply = wire.OPEN_OUT.pack(nodeid, abi.FOPEN_KEEP_CACHE, 0)
-        return exchange.start(self._union.open(nodeid, flags), lambda _: reply)
+        return exchange.start(self._union.open(nodeid, flags), lambda _: self._open_out(nodeid, flags))
 
     def _create(self, nodeid: int, end: int) -> Payload | None:
         exchange = self._exchange
         flags, mode, umask, _ = wire.CREATE_IN.unpack_from(exchange.buf, _BODY)
         name = wire.name(exchange.buf, _BODY + wire.CREATE_IN.size, end)
-        return exchange.start(self._union.create(nodeid, name, mode, flags, exchange.caller(umask)), self._opened)
+        op = self._union.create(nodeid, name, mode, flags, exchange.caller(umask))
+        return exchange.start(op, lambda found: self._opened(found, flags))
 
     def _tmpfile(self, nodeid: int, end: int) -> Payload | None:
         # The name in the request is the kernel's invention, for its messages.
         exchange = self._exchange
         flags, mode, umask, _ = wire.CREATE_IN.unpack_from(exchange.buf, _BODY)
-        return exchange.start(self._union.tmpfile(nodeid, mode, flags, exchange.caller(umask)), self._opened)
+        op = self._union.tmpfile(nodeid, mode, flags, exchange.caller(umask))
+        return exchange.start(op, lambda found: self._opened(found, flags))
 
-    def _opened(self, found: Found) -> bytes:
+    def _opened(self, found: Found, flags: int) -> bytes:
         """ENTRY_OUT and OPEN_OUT. Without handles no RELEASE will come, so the open that was counted ends here."""
-        entry = self._exchange.entry(found)
-        if self.handles:
-            return entry + wire.OPEN_OUT.pack(found.nodeid, abi.FOPEN_KEEP_CACHE, 0)
-        self._union.release(found.nodeid)
-        return entry + wire.OPEN_OUT.pack(0, abi.FOPEN_KEEP_CACHE, 0)
+        if not self.handles:
+            self._union.release(found.nodeid)
+            return self._exchange.entry(found) + wire.OPEN_OUT.pack(0, abi.FOPEN_KEEP_CACHE, 0)
+        try:
+            opened = self._open_out(found.nodeid, flags)
+        except OSError:
+            self._union.forget(found.nodeid, 1)
+            raise
+        return self._exchange.entry(found) + opened
+
+    def _open_out(self, nodeid: int, flags: int) -> bytes:
+        """OPEN_OUT of an open that the union has counted."""
+        if self.passthrough is None:
+            return wire.OPEN_OUT.pack(nodeid, abi.FOPEN_KEEP_CACHE, 0)
+        try:
+            return wire.OPEN_OUT.pack(nodeid, *self.passthrough.opened(nodeid, flags))
+        except OSError:
+            self._union.release(nodeid)
+            raise
 
     def _release(self, nodeid: int, end: int) -> Payload:
-        # fh 0: created before the kernel learnt that there are no handles.
-        if wire.RELEASE_IN.unpack_from(self._exchange.buf, _BODY)[0]:
+        fh, flags, _, _ = wire.RELEASE_IN.unpack_from(self._exchange.buf, _BODY)
+        if fh:  # else created before the kernel learnt that there are no handles
+            if self.passthrough is not None:
+                self.passthrough.released(nodeid, flags)
             self._union.release(nodeid)
         return b""
-
-    def _flush(self, nodeid: int, end: int) -> Payload | None:
-        return self._exchange.start(self._union.flush(nodeid), nothing)
 
     # --- data --------------------------------------------------------------------------------------------------------
 
@@ -143,8 +164,8 @@ class Files:
         return self._by_caller(op, target)
 
     def _by_caller(self, op: Op[T], nodeid: int) -> Op[T]:
-        """The same where the request does not say whether the caller has CAP_FSETID: root is taken to have it."""
-        return self._unprivileged(op, nodeid) if self._exchange.header[4] != _ROOT else op
+        """The same where the request does not say whether the caller has CAP_FSETID."""
+        return op if self._exchange.by_root else self._unprivileged(op, nodeid)
 
     def _ioctl(self, nodeid: int, end: int) -> Payload | None:
         exchange = self._exchange

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 _BODY: Final = wire.BODY
 _NS: Final = 1_000_000_000
-_ROOT: Final = 0
 _PERMISSIONS: Final = 0o7777
 _CHANGES: Final = (
     abi.FATTR_MODE
@@ -32,6 +31,8 @@ _CHANGES: Final = (
     | abi.FATTR_MTIME
     | abi.FATTR_CTIME
 )
+_FLUSHED: Final = abi.FATTR_MTIME | abi.FATTR_CTIME
+"""What the kernel sends by itself when it writes back the times it kept (fuse_flush_times)."""
 
 
 class Names:
@@ -144,33 +145,35 @@ class Names:
     # --- attributes --------------------------------------------------------------------------------------------------
 
     def _getattr(self, nodeid: int, end: int) -> Payload:
-        return self._exchange.attributes(self._union.getattr(nodeid))
+        return self._exchange.attributes(nodeid, self._union.getattr(nodeid))
 
     def _statx(self, nodeid: int, end: int) -> Payload:
-        valid = self._exchange.valid
         attributes = self._union.getattr(nodeid)
-        return wire.statx(valid, *attributes, birth_ns=self._union.birth_time(nodeid))
+        return wire.statx(self._exchange.validity(nodeid), *attributes, birth_ns=self._union.birth_time(nodeid))
 
     def _setattr(self, nodeid: int, end: int) -> Payload | None:
         exchange = self._exchange
         body = wire.SETATTR_IN.unpack_from(exchange.buf, _BODY)
         wanted = _wanted(body, self._mode(nodeid, body[0], body[10]))
-        return exchange.start(self._union.setattr(nodeid, wanted, exchange.caller()), exchange.attributes)
+        op = self._union.setattr(nodeid, wanted, exchange.caller())
+        return exchange.start(op, lambda attributes: exchange.attributes(nodeid, attributes))
 
     def _mode(self, nodeid: int, valid: int, mode: int) -> int | None:
         """The permissions to set, if any: those asked for, or what a truncation leaves of them.
 
         A request that changes nothing is chown(-1, -1), which drops suid and sgid, or comes before a write to a file
         with privileges, which keeps them if the writer has CAP_FSETID. The kernel has not checked that the caller owns
-        the file. So an owner without privileges drops them, and chown(-1, -1) by others does nothing.
+        the file. So an owner without privileges drops them, and chown(-1, -1) by others does nothing, unless it may be
+        a write that is passed through.
         """
         if valid & abi.FATTR_MODE:
             return mode & _PERMISSIONS
         if valid & abi.FATTR_KILL_SUIDGID:
             return killed(self._union.getattr(nodeid).st.st_mode)
         if not valid & _CHANGES:
-            st = self._union.getattr(nodeid).st
-            return killed(st.st_mode) if 0 != self._exchange.header[4] == st.st_uid else None
+            st, exchange = self._union.getattr(nodeid).st, self._exchange
+            drops = not exchange.by_root and (exchange.header[4] == st.st_uid or nodeid in exchange.unsettled)
+            return killed(st.st_mode) if drops else None
         return None
 
     # --- extended attributes -----------------------------------------------------------------------------------------
@@ -182,7 +185,7 @@ class Names:
         return _sized(self._union.getxattr(nodeid, name), size)
 
     def _listxattr(self, nodeid: int, end: int) -> Payload:
-        names = self._union.listxattr(nodeid, trusted=self._exchange.header[4] == _ROOT)
+        names = self._union.listxattr(nodeid, trusted=self._exchange.by_root)
         (size,) = wire.GETXATTR_IN.unpack_from(self._exchange.buf, _BODY)
         return _sized(b"".join([name + b"\0" for name in names]), size)
 
@@ -221,7 +224,7 @@ def _then_drop_sgid(op: Op[None], union: Union, nodeid: int, caller: Caller) -> 
 
 
 def _wanted(body: tuple[int, ...], mode: int | None) -> SetAttr:
-    """What a SETATTR_IN asks for. Only the writeback cache sends FATTR_CTIME; ctime is the file system's to keep."""
+    """What a SETATTR_IN asks for. FATTR_CTIME, which comes with the writeback cache, is the file system's to keep."""
     valid, _, size, _, atime, mtime, _, atimensec, mtimensec, _, _, uid, gid = body
     return SetAttr(
         mode=mode,
@@ -230,7 +233,7 @@ def _wanted(body: tuple[int, ...], mode: int | None) -> SetAttr:
         size=size if valid & abi.FATTR_SIZE else None,
         atime_ns=_time(valid, abi.FATTR_ATIME, abi.FATTR_ATIME_NOW, atime * _NS + atimensec),
         mtime_ns=_time(valid, abi.FATTR_MTIME, abi.FATTR_MTIME_NOW, mtime * _NS + mtimensec),
-        writeback=bool(valid & abi.FATTR_CTIME),
+        writeback=valid & _CHANGES == _FLUSHED,
     )
 
 

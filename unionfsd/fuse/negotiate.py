@@ -40,6 +40,8 @@ _ALWAYS: Final = (
     | InitFlag.ABORT_ERROR
     | InitFlag.MAX_PAGES
     | InitFlag.CACHE_SYMLINKS
+    | InitFlag.NO_OPEN_SUPPORT
+    | InitFlag.NO_OPENDIR_SUPPORT
     | InitFlag.HANDLE_KILLPRIV_V2
     | InitFlag.SETXATTR_EXT
     | InitFlag.INIT_EXT
@@ -53,8 +55,8 @@ class Wanted(NamedTuple):
     """Writes gather in the page cache and arrive late; size and times are then the kernel's to say."""
     sole_writer: bool
     """Nothing changes behind the mount: cached data stay valid until this side says otherwise."""
-    handles: bool
-    """OPEN and OPENDIR are wanted; else they are declined and never sent again."""
+    passthrough: bool
+    """The kernel reads and writes files itself, if it can. Opens are then sent; else they are declined, once."""
 
 
 class Session(NamedTuple):
@@ -66,7 +68,10 @@ class Session(NamedTuple):
 
     @property
     def reply(self) -> bytes:
-        """The INIT_OUT that says so. Time stamps are exact to the nanosecond (time_gran 1)."""
+        """The INIT_OUT that says so. Time stamps are exact to the nanosecond (time_gran 1).
+
+        Stack depth 1: what is passed through lies on no stacked file system, and overlayfs can still be put on top.
+        """
         return wire.INIT_OUT.pack(
             FUSE_KERNEL_VERSION,
             FUSE_KERNEL_MINOR_VERSION,
@@ -79,7 +84,7 @@ class Session(NamedTuple):
             _MAX_PAGES,
             0,
             self.flags >> 32,
-            0,
+            int(InitFlag.PASSTHROUGH in self.flags),
             0,
         )
 
@@ -93,6 +98,9 @@ def settle(offer: wire.InitIn, wanted: Wanted) -> Session:
             code=MOUNT,
         )
     flags = offer.flags & _wishes(wanted)
+    if InitFlag.PASSTHROUGH in flags:
+        # It excludes the one and needs the opens that the other does without.
+        flags &= ~(InitFlag.WRITEBACK_CACHE | InitFlag.NO_OPEN_SUPPORT)
     return Session(min(offer.minor, FUSE_KERNEL_MINOR_VERSION), flags, offer.max_readahead)
 
 
@@ -106,6 +114,6 @@ def _wishes(wanted: Wanted) -> InitFlag:
     flags |= InitFlag.EXPLICIT_INVAL_DATA if wanted.sole_writer else InitFlag.AUTO_INVAL_DATA
     if wanted.writeback:
         flags |= InitFlag.WRITEBACK_CACHE
-    if not wanted.handles:
-        flags |= InitFlag.NO_OPEN_SUPPORT | InitFlag.NO_OPENDIR_SUPPORT
+    if wanted.passthrough:
+        flags |= InitFlag.PASSTHROUGH
     return flags

@@ -23,6 +23,7 @@ Whiteout = Literal["auto", "chardev", "xattr", "wh"]
 RedirectDir = Literal["on", "follow", "nofollow", "off"]
 Transport = Literal["auto", "channel", "pyfuse3"]
 Io = Literal["auto", "cached", "passthrough"]
+Switch = Literal["on", "off"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +60,7 @@ class MountConfig:
     """SELinux options (``context="..."``) as given, for a kernel that has SELinux."""
     transport: Transport = "auto"
     io: Io = "auto"
+    writeback: Switch = "off"
     debug: bool = False
     log: bytes | None = None
     control: Literal["auto", "off"] | bytes = "auto"

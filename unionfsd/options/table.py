@@ -280,6 +280,15 @@ GROUPS: Final[tuple[tuple[str, tuple[Option, ...]], ...]] = (
                 "auto|cached|passthrough",
                 "auto",
             ),
+            Option(
+                "writeback",
+                Value("writeback", one_of("on", "off")),
+                "Whether the kernel gathers what is written and hands it over later. Small writes cost less, files "
+                "made and closed at once more; a first write to a lower file that finds no space fails at fsync or "
+                "close. Not with `io=passthrough`, nor over pyfuse3.",
+                "on|off",
+                "off",
+            ),
             Option("debug", Word("debug", True), "Stay in the foreground and log everything, like `-d`."),
             Option(
                 "control",
