@@ -6,7 +6,13 @@ sudo := $(if $(filter 0,$(shell id -u)),,$(shell command -v sudo))
 # More arguments for pytest, as in: make test PYTEST_ARGS='-k rename -x'
 PYTEST_ARGS :=
 
-.PHONY: help setup demo test test-lowest check lint clean
+# Where `make install` puts things, beneath DESTDIR; mount(8) looks for its helpers in /sbin only.
+PREFIX := /usr/local
+HELPERDIR := /sbin
+# FUSE_OVERLAYFS=yes also installs a program of that name, for those who look for it by name.
+FUSE_OVERLAYFS :=
+
+.PHONY: help setup demo test test-lowest check lint install clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +37,9 @@ lint: setup ## formatting, ruff, strict types
 
 check: lint ## lint, floors, unit and union tests: the quick round before a commit
 	$(sudo) $(python) -m pytest $(PYTEST_ARGS) tests/unit tests/union
+
+install: setup ## install into PREFIX (/usr/local), beneath DESTDIR: programs, units, manual pages, completions
+	scripts/install '$(DESTDIR)' '$(PREFIX)' '$(HELPERDIR)' '$(FUSE_OVERLAYFS)'
 
 clean: ## remove everything the other verbs made
 	@# Tests that ran under sudo leave files of root behind.

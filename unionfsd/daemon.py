@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Final, NoReturn, TypeAlias
 
 from unionfsd import errors, logs, systemd
 from unionfsd.control.listener import Control
-from unionfsd.control.mounted import Mounted
 from unionfsd.errors import UserError
 from unionfsd.fuse import mounting
 from unionfsd.fuse.mounting import Mount, Unmounted
@@ -31,6 +30,7 @@ from unionfsd.fuse.mounting import Mount, Unmounted
 if TYPE_CHECKING:
     import trio
 
+    from unionfsd.control.mounted import Mounted
     from unionfsd.options import MountConfig
     from unionfsd.union import Union
 
@@ -238,11 +238,11 @@ async def _serve_until_gone(
             from unionfsd import service
 
             nursery.start_soon(service.report, union)
-        await _serve_clients(control, _mounted(union, mount, control, config))
+        await _serve_clients(union, mount, control, config)
 
     failure: Exception | None = None
     async with trio.open_nursery() as nursery:
-        await nursery.start(_stop_on_signals, mount, nursery)
+        await nursery.start(_stop_on_signals, union, mount, nursery)
         try:
             nursery.start_soon(attend)
             await serve()
@@ -258,28 +258,31 @@ async def _serve_until_gone(
         raise failure
 
 
-async def _serve_clients(control: Control, mounted: Mounted) -> None:
+async def _serve_clients(union: Union, mount: Mount, control: Control, config: MountConfig) -> None:
     """Serve the control socket, from its first client on: until then nothing is imported for it."""
     import trio
 
-    if control.listener is None:
+    listener, since = control.listener, monotonic()
+    if listener is None:
         return
-    await trio.lowlevel.wait_readable(control.listener.sock)
+    await trio.lowlevel.wait_readable(listener.fd)
     try:
         from unionfsd.control.server import Server
 
-        await Server(mounted, control.listener.gid).serve(control.listener.sock)
+        await Server(_mounted(union, mount, listener.path, since, config), listener.gid).serve(listener.fd.fd)
     except Exception:
         log.exception("the control socket is served no longer")
 
 
-def _mounted(union: Union, mount: Mount, control: Control, config: MountConfig) -> Mounted:
+def _mounted(union: Union, mount: Mount, socket: bytes, since: float, config: MountConfig) -> Mounted:
     import trio
 
-    from unionfsd.fuse.driver import drive
+    from unionfsd.control.mounted import Mounted
+    from unionfsd.fuse.driver import drive, quiesce
     from unionfsd.fuse.notify import Notifier
 
     async def unmount(lazy: bool) -> str:
+        union.thaw()
         outcome = await trio.to_thread.run_sync(partial(mount.unmount, lazy=lazy))
         return {Unmounted.GONE: "gone", Unmounted.DETACHED: "detached"}.get(outcome, "busy")
 
@@ -288,16 +291,19 @@ def _mounted(union: Union, mount: Mount, control: Control, config: MountConfig) 
         mount_id=None if mount.place is None else mount.place.mount_id,
         number=mount.number,
         transport="pyfuse3" if config.transport == "pyfuse3" else "channel",
-        io="passthrough" if config.io == "passthrough" else "cached",
-        socket=b"" if control.listener is None else control.listener.path,
-        since=monotonic(),
+        io="passthrough" if config.io == "passthrough" and config.transport != "pyfuse3" else "cached",
+        socket=socket,
+        since=since,
         notifier=Notifier(mount.fuse_fd),
         drive=drive,
+        quiesce=quiesce,
         unmount=unmount,
     )
 
 
-async def _stop_on_signals(mount: Mount, nursery: trio.Nursery, task_status: trio.TaskStatus[None]) -> None:
+async def _stop_on_signals(
+    union: Union, mount: Mount, nursery: trio.Nursery, task_status: trio.TaskStatus[None]
+) -> None:
     """Unmount at the first signal, which ends the transport once nobody is left inside; give up at the second.
 
     SIGHUP, the end of a terminal, means to a service that it should reload.
@@ -323,6 +329,7 @@ async def _stop_on_signals(mount: Mount, nursery: trio.Nursery, task_status: tri
             else:
                 stopping = True
                 systemd.notify("STOPPING=1")
+                union.thaw()
                 nursery.start_soon(_unmount, mount, nursery.cancel_scope)
 
 

@@ -8,6 +8,8 @@ Rules this file and everything that uses it obey:
 - What runs between two yields is atomic with respect to every other operation. What was read before a yield is stale
   after it and is read again.
 - A function inside `Blocking` touches file descriptors and immutable values, nothing else.
+- An operation that changes something raises `FrozenError` before it did anything, and before its first yield, while the
+  union is frozen.
 """
 
 from __future__ import annotations
@@ -49,6 +51,14 @@ class Gate:
             callback()
         else:
             self._callbacks.append(callback)
+
+
+class FrozenError(Exception):
+    """Nothing may be changed now, and nothing was: begin the operation again when `gate` opens."""
+
+    def __init__(self, gate: Gate) -> None:
+        super().__init__("frozen")
+        self.gate = gate
 
 
 Step: TypeAlias = Blocking | Gate

@@ -36,7 +36,7 @@ from .options import MountConfig
 from .places import Places, fail
 from .refresh import Memory
 from .renames import Renames
-from .steps import Blocking, Op
+from .steps import Blocking, FrozenError, Gate, Op
 from .workdir import Abilities, Workdir, open_workdir
 
 __all__ = ["ROOT_ID", "Attr", "Caller", "Dirent", "Found", "SetAttr", "StatLike", "Union"]
@@ -68,6 +68,7 @@ class Union:
         self.counters = Counters()
         self.stack = stack
         self._work = work
+        self._frozen: Gate | None = None
         self._fds = FdCache(_fd_budget())
         self._resolver = Resolver(stack, self._fds, follow_redirects=config.redirect_dir != "nofollow")
         root = self._resolver.root()
@@ -104,7 +105,26 @@ class Union:
         self._resolver.released(node)
         self._end_reading(node)
 
+    def freeze(self) -> None:
+        """From now on no change begins; what has begun is not waited for. Once at a time."""
+        assert self._frozen is None
+        self._frozen = Gate()
+
+    def thaw(self) -> None:
+        """Let changes begin again, those first that waited."""
+        gate, self._frozen = self._frozen, None
+        if gate is not None:
+            gate.open()
+
+    @property
+    def frozen(self) -> bool:
+        """Whether no change may begin."""
+        return self._frozen is not None
+
     def _change(self) -> Mutations:
+        """What changes names; EROFS, and FrozenError. Every operation that changes anything comes here first."""
+        if self._frozen is not None:
+            raise FrozenError(self._frozen)
         if self._mutations is None or self.config.ro:
             raise fail(errno.EROFS)
         return self._mutations
@@ -288,6 +308,8 @@ class Union:
 
     def ioctl(self, nodeid: int, command: int, data: bytes) -> Op[bytes]:
         """FS_IOC_GETFLAGS, SETFLAGS, FSGETXATTR, FSSETXATTR or GETVERSION; ENOTTY for others."""
+        if command in syscalls.FLAG_CHANGES:
+            self._change()
         return self._handles.ioctl(self._table.get(nodeid), command, data)
 
     def copy_file_range(self, source: int, offset: int, target: int, target_offset: int, length: int) -> Op[int]:

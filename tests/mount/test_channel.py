@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import itertools
 import mmap
 import os
 import re
 import statistics
+import sys
 import threading
 import time
 from collections import Counter
@@ -100,6 +102,42 @@ def test_readahead_is_wide(traced: Daemon) -> None:
     device = os.stat(traced.path).st_dev
     setting = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
     assert setting.read_text() == "512\n"
+
+
+def test_the_kernel_is_asked_to_forget_when_very_much_is_known(
+    layers: Layers, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FUSE_NOTIFY_PRUNE, here from 1,000 nodes on. What is in use stays known, and all is there as before."""
+    for number in range(3000):
+        (layers.lower / f"file{number}").touch()
+    monkeypatch.setattr(sys, "executable", str(_with_bound(disk, 1000)))
+    with Daemon(layers, [*CHANNEL, "debug"]) as daemon:
+        with (daemon / "file7").open() as used:
+            for number in range(3000):
+                os.stat(daemon / f"file{number}")
+            asked = itertools.count()
+            # It looks once a second, and only when there is something to do.
+            wait_for(lambda: not (daemon / f"absent{next(asked)}").exists() and _forgotten(daemon) > 2000, "kept")
+            assert os.fstat(used.fileno()).st_size == 0
+        assert len(os.listdir(daemon.path)) == 3000
+
+
+def _forgotten(daemon: Daemon) -> int:
+    """How many nodes the kernel gave up when it was asked to."""
+    said = re.search(r"(\d+) of \d+ nodes were forgotten", daemon.log.read_text())
+    return int(said[1]) if said else 0
+
+
+def _with_bound(disk: Path, nodes: int) -> Path:
+    """An interpreter that runs the daemon with a smaller bound on what it knows."""
+    script = disk / "python"
+    code = (
+        f"import sys; from unionfsd.fuse import pressure; pressure.MOST_NODES = {nodes};"
+        " from unionfsd.cli import main; sys.exit(main(sys.argv[3:]))"
+    )
+    script.write_text(f"#!/bin/sh\nexec '{sys.executable}' -c '{code}' \"$@\"\n")
+    script.chmod(0o755)
+    return script
 
 
 def test_stats_go_on_while_a_file_is_copied_up(layers: Layers) -> None:

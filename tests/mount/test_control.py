@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import socket
 import stat
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -180,6 +183,23 @@ def test_metrics_are_what_prometheus_reads(mount: Daemon) -> None:
     assert {name.partition("{")[0] for name in values} == set(kinds)
 
 
+def test_metrics_are_served(mount: Daemon) -> None:
+    command = [sys.executable, "-m", "unionfsd.ctl", "metrics", "--listen", "127.0.0.1:0", str(mount.path)]
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as exporter:
+        assert exporter.stdout is not None
+        url = exporter.stdout.readline().split()[-1]
+        for _ in range(2):
+            with urllib.request.urlopen(url, timeout=30) as answer:
+                assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+                assert f'unionfsd_nodes{{mountpoint="{mount.path}"'.encode() in answer.read()
+        with pytest.raises(urllib.error.HTTPError):
+            urllib.request.urlopen(url.replace("/metrics", "/"), timeout=30)
+        exporter.terminate()
+        assert exporter.wait(30) == 0
+    assert ctl("metrics", "--listen", "nonsense").code == 2
+
+
 def test_any_language_can_speak_to_it(mount: Daemon) -> None:
     path = ctl("status", "--json", mount.path).json["socket"]
     command = 'printf \'{"jsonrpc":"2.0","id":7,"method":"status"}\\n\' | nc -N -U "$1"'
@@ -291,12 +311,60 @@ def test_a_dead_mount_with_something_over_it_is_left(mount: Daemon) -> None:
 
 
 def test_a_mount_that_hangs_is_told_from_a_dead_one(mount: Daemon) -> None:
-    os.kill(mount.pid, 19)  # SIGSTOP
+    os.kill(mount.pid, signal.SIGSTOP)
     try:
         assert {row["mountpoint"]: row["state"] for row in ctl("ps", "--json").json}[str(mount.path)] == "hung"
     finally:
-        os.kill(mount.pid, 18)
+        os.kill(mount.pid, signal.SIGCONT)
     assert ctl("status", mount.path).code == 0
+
+
+def test_changes_wait_while_frozen(mount: Daemon, mode: Mode, layers: Layers) -> None:
+    (mount / "file").write_text("before")
+    if mode.io == "passthrough":
+        assert "io=passthrough" in ctl("freeze", mount.path).err
+        return
+    # What the kernel knows it finds; a name that it does not waits behind a change of the same directory.
+    assert (mount / "etc/hosts").read_text() == "top"
+    assert ctl("freeze", "--timeout", "90", mount.path).code == 0
+    changes = [
+        lambda: (mount / "file").write_text("after"),
+        lambda: (mount / "new").mkdir(),
+        lambda: (mount / "etc/motd").unlink(),
+        lambda: os.chmod(mount / "etc/hosts", 0o600),
+        lambda: os.rename(mount / "only base", mount / "renamed"),
+    ]
+    threads = [threading.Thread(target=change) for change in changes]
+    for thread in threads:
+        thread.start()
+    assert (mount / "etc/hosts").read_text() == "top"
+    assert ctl("status", "--json", mount.path).json["frozen"]
+    time.sleep(0.3)
+    assert all(thread.is_alive() for thread in threads)
+    assert sorted(os.listdir(layers.upper)) == ["file"]
+    assert (layers.upper / "file").read_text() == "before"
+    assert ctl("thaw", mount.path).code == 0
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert (mount / "file").read_text() == "after"
+    assert sorted(os.listdir(mount.path)) == ["etc", "file", "new", "renamed"]
+    assert sorted(os.listdir(mount / "etc")) == ["hosts"]
+    assert stat.S_IMODE(os.stat(mount / "etc/hosts").st_mode) == 0o600
+
+
+def test_the_end_of_a_mount_ends_its_freeze(mount: Daemon, mode: Mode) -> None:
+    if mode.io == "passthrough":
+        return
+    assert ctl("freeze", mount.path).code == 0
+    writer = threading.Thread(target=lambda: (mount / "new").mkdir())
+    writer.start()
+    time.sleep(0.2)
+    os.kill(mount.pid, signal.SIGTERM)
+    writer.join(30)
+    assert not writer.is_alive()
+    wait_for(lambda: mount.path not in mounts(), "still mounted")
+    assert (mount.layers.upper / "new").is_dir()
 
 
 def test_lowers_that_changed_are_seen_after_a_refresh(mode: Mode, layers: Layers, daemon: DaemonFactory) -> None:

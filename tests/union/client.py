@@ -55,6 +55,7 @@ class FileSystem(Protocol):
     def listxattr(self, path: Path) -> list[bytes]: ...
     def listdir(self, path: Path) -> list[tuple[bytes, int]]: ...
     def fallocate(self, path: Path, offset: int, length: int) -> None: ...
+    def link_unnamed(self, data: bytes, path: Path) -> None: ...
     def stat(self, path: Path) -> tuple[int, int]: ...
     def open(self, path: Path) -> int: ...
     def fread(self, handle: int, size: int, offset: int) -> bytes: ...
@@ -226,6 +227,20 @@ class Client:
         if source.kind == stat.S_IFDIR:
             raise fail(errno.EPERM)
         self._enter(parent, name, steps.run(self.union.link(source.nodeid, parent.nodeid, name)))
+
+    def link_unnamed(self, data: bytes, path: Path) -> None:
+        """open(2) with O_TMPFILE, a write, and linkat(2): the file is whole before it has a name."""
+        parent, _ = self._parent(path)
+        found = steps.run(
+            self.union.tmpfile(parent.nodeid, stat.S_IFREG | 0o600, os.O_RDWR | os.O_TMPFILE, self.caller)
+        )
+        try:
+            steps.run(self.union.write(found.nodeid, data, 0))
+            parent, name = self._absent(path)
+            self._enter(parent, name, steps.run(self.union.link(found.nodeid, parent.nodeid, name)))
+        finally:
+            self.union.release(found.nodeid)
+            self.union.forget(found.nodeid, 1)
 
     def rename(self, path: Path, newpath: Path, flags: int) -> None:
         parent, name = self._parent(path)
@@ -448,6 +463,15 @@ class Plain:
 
     def link(self, path: Path, newpath: Path) -> None:
         os.link(self._at(path), self._at(newpath), follow_symlinks=False)
+
+    def link_unnamed(self, data: bytes, path: Path) -> None:
+        fd = os.open(self._at(path[:-1]), os.O_RDWR | os.O_TMPFILE, 0o600)
+        try:
+            os.pwrite(fd, data, 0)
+            # With a descriptor it is linkat(2), which alone can follow the link in /proc.
+            os.link(b"/proc/self/fd/%d" % fd, self._at(path), src_dir_fd=fd, follow_symlinks=True)
+        finally:
+            os.close(fd)
 
     def rename(self, path: Path, newpath: Path, flags: int) -> None:
         renameat2(self._at(path), self._at(newpath), flags)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from tests.union.client import RENAME_EXCHANGE, RENAME_NOREPLACE, Client
+from tests.union.client import RENAME_EXCHANGE, RENAME_NOREPLACE, FileSystem
 from tests.union.trees import OLD, Entry, Obj, Whiteout, directory, regular, symlink
-from unionfsd import steps
 
 #: What the upper and the lower have of one name.
 State: TypeAlias = tuple[Entry | None, Entry | None]
-Operation: TypeAlias = Callable[[Client], object]
+Operation: TypeAlias = Callable[[FileSystem], object]
 
 _FULL = {b"x": regular(b"in a lower")}
 _LOWER_FILE = Obj(stat.S_IFREG, b"lower", 0o4755, 1000, 1000, OLD + 5, xattrs=((b"user.tag", b"kept"),))
@@ -57,7 +55,7 @@ SINGLE: dict[str, Operation] = {
     "fallocate": lambda fs: fs.fallocate((b"d", b"n"), 0, 100),
     "setxattr": lambda fs: fs.setxattr((b"d", b"n"), b"trusted.new", b"value", 0),
     "removexattr": lambda fs: fs.removexattr((b"d", b"n"), b"user.tag"),
-    "tmpfile": lambda fs: _link_tmpfile(fs),
+    "tmpfile": lambda fs: fs.link_unnamed(b"whole", (b"d", b"n")),
 }
 
 #: The operations on `n` in `d` and `m` in `e`.
@@ -102,15 +100,6 @@ class Scenario:
     upper: Obj
     lower: Obj
     operation: Operation
-
-
-def _link_tmpfile(fs: Client) -> None:
-    """open(O_TMPFILE) in `d`, a write, linkat() to `n`: the file is whole before it has a name."""
-    parent = fs.union.lookup(fs.union.root, b"d").nodeid
-    found = steps.run(fs.union.tmpfile(parent, stat.S_IFREG | 0o600, os.O_RDWR | os.O_TMPFILE, fs.caller))
-    steps.run(fs.union.write(found.nodeid, b"whole", 0))
-    steps.run(fs.union.link(found.nodeid, parent, b"n"))
-    fs.union.release(found.nodeid)
 
 
 def _layers(names: Mapping[bytes, Mapping[bytes, State]], parent: str) -> tuple[Obj, Obj]:

@@ -1,4 +1,4 @@
-"""The crash and the fault matrix: every operation is cut off at each of its system calls.
+"""The crash and the fault matrix: every operation from every state, whole, and cut off at each of its system calls.
 
 Crash: everything stops in front of the nth call that changes a file system. Whoever mounts the layers next must find
 the view of before or that of after, and an empty work directory; kernel overlayfs must agree. Fault: the nth call fails
@@ -21,11 +21,11 @@ from typing import TypeAlias
 
 import pytest
 
-from tests.union.client import UMASK, Client, union_snapshot
+from tests.union.client import UMASK, Client, FileSystem, Plain, union_snapshot
 from tests.union.scenarios import SINGLE, Operation, Scenario, double_scenarios, single_scenarios
 from tests.union.seam import CRASHED, Exiting, Failing, Seam, StoppedError, Stopping
 from tests.union.stack import Stack, has_kernel_overlayfs, scratch_directory
-from tests.union.trees import Tree, diff, settled, snapshot, timeless
+from tests.union.trees import Tree, diff, plant, settled, snapshot, timeless
 from unionfsd.union import Union
 
 Crash: TypeAlias = Callable[["Case", Stack, int], None]
@@ -55,7 +55,7 @@ def umask() -> Iterator[None]:
     os.umask(before)
 
 
-def attempt(operation: Operation, client: Client) -> int:
+def attempt(operation: Operation, client: FileSystem) -> int:
     """errno of the operation, 0 when it succeeded."""
     try:
         operation(client)
@@ -137,6 +137,22 @@ def in_child(work: Callable[[], None]) -> int:
         traceback.print_exc()
     finally:
         os._exit(status)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+def test_result(scenario: Scenario, scratch: bytes) -> None:
+    """Undisturbed, the operation does what it does in a plain directory with the same content."""
+    case = Case(scenario, scratch)
+    os.mkdir(scratch + b"/model")
+    stack = Stack(scratch + b"/model", [scenario.lower], scenario.upper)
+    plain = scratch + b"/model/plain"
+    plant(plain, stack.expected)
+    assert attempt(scenario.operation, Plain(plain)) == case.errno
+    union = case.union(stack)
+    attempt(scenario.operation, Client(union))
+    seen = union_snapshot(union)
+    union.close()
+    assert diff(settled(seen, case.since_ns), settled(snapshot(plain), case.since_ns)) == []
 
 
 def crash(case: Case, stack: Stack, index: int) -> None:

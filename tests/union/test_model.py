@@ -32,7 +32,7 @@ from hypothesis.stateful import (
 from tests.union.client import RENAME_EXCHANGE, RENAME_NOREPLACE, UMASK, Client, FileSystem, Path, Plain, union_snapshot
 from tests.union.stack import Stack, has_kernel_overlayfs, scratch_directory
 from tests.union.strategies import WANTED_NAMES, contents, modes, stacks
-from tests.union.trees import OLD, Obj, Tree, diff, join, settled, snapshot
+from tests.union.trees import OLD, Obj, Tree, diff, plant, settled, snapshot
 
 SOAK_SECONDS = float(os.environ.get("UNIONFSD_SOAK_SECONDS", "0"))
 
@@ -94,11 +94,12 @@ class UnionMachine(RuleBasedStateMachine):
         scratch = self.resources.enter_context(scratch_directory())
         self.stack = Stack(scratch, layers[1:], layers[0])
         self.plain_root = scratch + b"/plain"
-        build_tree(self.plain_root, self.stack.expected)
+        plant(self.plain_root, self.stack.expected)
         self.plain = Plain(self.plain_root)
         # Directories made by the program have no lower part; told by inode number, which a rename keeps.
         self.pure: set[int] = set()
         self.handles: list[tuple[int, int]] = []
+        self.descriptors = len(os.listdir("/proc/self/fd"))
         self.mount()
         if self.kernel:
             assert diff(self.stack.kernel_tree(), self.stack.expected) == []
@@ -115,6 +116,7 @@ class UnionMachine(RuleBasedStateMachine):
             seen = union_snapshot(self.union)
             self.client.forget_all()
             self.union.close()
+            assert len(os.listdir("/proc/self/fd")) == self.descriptors
             assert self.stack.litter() == []
             self.compare(seen)
             if self.kernel:
@@ -229,6 +231,11 @@ class UnionMachine(RuleBasedStateMachine):
     def link(self, pick: int, newpick: int, name: bytes) -> None:
         path, newpath = self.existing(pick), self.wanted(newpick, name)
         self.both(lambda fs: fs.link(path, newpath))
+
+    @rule(pick=picks, name=names, data=contents)
+    def link_unnamed(self, pick: int, name: bytes, data: bytes) -> None:
+        path = self.wanted(pick, name)
+        self.both(lambda fs: fs.link_unnamed(data, path))
 
     @rule(pick=picks, newpick=picks, name=names, flags=rename_flags)
     def rename(self, pick: int, newpick: int, name: bytes, flags: int) -> None:
@@ -411,33 +418,10 @@ class UnionMachine(RuleBasedStateMachine):
         assert sorted(map(sorted, ours.values())) == sorted(map(sorted, plains.values()))
 
 
-def build_tree(root: bytes, tree: Tree) -> None:
-    """Make a plain directory that looks like `tree`."""
-    for path, record in sorted(tree.items()):
-        at = join(root, path) if path else root
-        if record.type == stat.S_IFDIR:
-            os.mkdir(at)
-        elif record.type == stat.S_IFLNK:
-            os.symlink(record.data, at)
-        elif record.type == stat.S_IFREG:
-            with open(at, "xb") as file:
-                file.write(record.data)
-        else:
-            os.mknod(at, record.type, record.rdev)
-    for path, record in sorted(tree.items(), reverse=True):
-        at = join(root, path) if path else root
-        os.chown(at, record.uid, record.gid, follow_symlinks=False)
-        if record.type != stat.S_IFLNK:
-            os.chmod(at, record.mode)
-        for name, value in record.xattrs:
-            os.setxattr(at, name, value, follow_symlinks=False)
-        os.utime(at, ns=(record.mtime_ns, record.mtime_ns), follow_symlinks=False)
-
-
 KERNEL = has_kernel_overlayfs()
 
 PROGRAMS = settings(
-    max_examples=int(os.environ.get("EX", "100")),
+    max_examples=60,
     stateful_step_count=30,
     deadline=None,
     report_multiple_bugs=False,

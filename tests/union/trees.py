@@ -147,6 +147,29 @@ def _dress(path: bytes, obj: Obj) -> None:
     os.utime(path, ns=(obj.mtime_ns, obj.mtime_ns), follow_symlinks=False)
 
 
+def plant(root: bytes, tree: Tree) -> None:
+    """Make a plain directory that looks like `tree`."""
+    for path, record in sorted(tree.items()):
+        at = join(root, path) if path else root
+        if record.type == stat.S_IFDIR:
+            os.mkdir(at)
+        elif record.type == stat.S_IFLNK:
+            os.symlink(record.data, at)
+        elif record.type == stat.S_IFREG:
+            with open(at, "xb") as file:
+                file.write(record.data)
+        else:
+            os.mknod(at, record.type, record.rdev)
+    for path, record in sorted(tree.items(), reverse=True):
+        at = join(root, path) if path else root
+        os.chown(at, record.uid, record.gid, follow_symlinks=False)
+        if record.type != stat.S_IFLNK:
+            os.chmod(at, record.mode)
+        for name, value in record.xattrs:
+            os.setxattr(at, name, value, follow_symlinks=False)
+        os.utime(at, ns=(record.mtime_ns, record.mtime_ns), follow_symlinks=False)
+
+
 # What a stack of layers must show.
 
 

@@ -13,7 +13,7 @@ import trio
 from unionfsd.fuse import wire
 from unionfsd.fuse.abi import InitFlag, Opcode
 from unionfsd.fuse.channel import Channel
-from unionfsd.metrics import Counters
+from unionfsd.metrics import Counters, Holdings
 from unionfsd.options import MountConfig
 from unionfsd.steps import Op
 from unionfsd.union import Attr, Caller, Dirent, Found, SetAttr
@@ -182,6 +182,9 @@ class FakeUnion:
 
     def listxattr(self, nodeid: int, *, trusted: bool) -> list[bytes]:
         return [b"user.a", b"user.b"]
+
+    def holdings(self) -> Holdings:
+        return Holdings(nodes=1, cached_fds=0, fd_limit=64)
 
     def birth_time(self, nodeid: int) -> int | None:
         return 70

@@ -17,6 +17,7 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from unionfsd import steps, syscalls
 from unionfsd.control import protocol, schema, server
 from unionfsd.control.listener import Control
 from unionfsd.control.methods import Methods
@@ -24,9 +25,10 @@ from unionfsd.control.mounted import Mounted
 from unionfsd.control.protocol import Json
 from unionfsd.control.server import Server, Toll
 from unionfsd.errors import UserError
-from unionfsd.fuse.driver import drive
+from unionfsd.fuse.driver import drive, quiesce
 from unionfsd.options import MountConfig
-from unionfsd.union import Union
+from unionfsd.steps import FrozenError
+from unionfsd.union import Caller, SetAttr, Union
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -139,6 +141,7 @@ async def serving(
         since=monotonic(),
         notifier=told,
         drive=drive,
+        quiesce=quiesce,
         unmount=unmount or _unmount,
     )
     served = Served(mounted, layers / "socket", told)
@@ -146,7 +149,7 @@ async def serving(
         control.listen(None)
         assert control.listener is not None
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(Server(mounted, gid).serve, control.listener.sock)
+            nursery.start_soon(Server(mounted, gid).serve, control.listener.fd.fd)
             yield served
             nursery.cancel_scope.cancel()
     for peer in served.peers:
@@ -558,6 +561,113 @@ async def test_the_level_of_the_log(layers: Path) -> None:
         assert (await peer.call("log", level="debug"))["result"] == {"level": "debug", "before": before}
         assert (await peer.call("log", level=before))["result"]["before"] == "debug"
         assert (await peer.call("log", level="loud"))["error"]["code"] == protocol.INVALID_PARAMS
+
+
+CALLER = Caller(0, 0, 1, 0o022)
+
+
+def changed_now(union: Union) -> bool:
+    """Whether a change may begin."""
+    try:
+        union.mkdir(union.root, b"probe", 0o755, CALLER)
+    except FrozenError:
+        return False
+    union.rmdir(union.root, b"probe")
+    return True
+
+
+async def test_a_freeze_lasts_until_the_thaw(layers: Path) -> None:
+    async with serving(layers) as served:
+        union = served.mounted.union
+        peer = await served.connect()
+        assert (await peer.call("freeze", timeout=50))["result"]["thaws_in"] == 50
+        assert (await peer.call("status"))["result"]["frozen"]
+        assert not changed_now(union)
+        assert union.lookup(union.root, b"a").attr.st.st_size == 1
+        assert (await peer.call("freeze"))["error"]["code"] == protocol.BUSY
+        assert (await peer.call("thaw"))["result"]["frozen_for"] > 0
+        assert changed_now(union)
+        assert (await peer.call("thaw"))["result"]["frozen_for"] == 0
+
+
+async def test_a_freeze_ends_with_its_time(layers: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(layers) as served:
+        union = served.mounted.union
+        peer = await served.connect()
+        for _ in range(2):
+            await peer.call("freeze", timeout=0.2)
+            assert not changed_now(union)
+            await trio.sleep(0.3)
+            assert changed_now(union)
+        await peer.call("freeze", timeout=0.2)
+        await peer.call("thaw")
+        await peer.call("freeze", timeout=30)
+        await trio.sleep(0.3)
+        assert not changed_now(union)
+        await peer.call("thaw")
+    assert caplog.text.count("thawed") == 2
+
+
+async def test_a_freeze_waits_for_what_is_under_way(layers: Path) -> None:
+    """A copy-up that had begun is done when the freeze is."""
+    async with serving(layers) as served, trio.open_nursery() as nursery:
+        union = served.mounted.union
+        nodeid = union.lookup(union.root, b"a").nodeid
+        nursery.start_soon(drive, union.write(nodeid, b"b", 0))
+        await trio.lowlevel.checkpoint()
+        await (await served.connect()).call("freeze")
+        assert (layers / "upper/a").read_text() == "b"
+        union.thaw()
+
+
+async def test_a_freeze_that_cannot_sync_is_none(layers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(fd: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    async with serving(layers) as served:
+        monkeypatch.setattr(syscalls, "syncfs", fail)
+        answer = await (await served.connect()).call("freeze")
+        assert answer["error"]["data"] == {"errno": "EIO"}
+        assert changed_now(served.mounted.union)
+
+
+def changes_of(union: Union, nodeid: int) -> dict[str, Callable[[], object]]:
+    """Every operation that changes something."""
+    root = union.root
+    run = steps.run
+    return {
+        "mknod": lambda: union.mknod(root, b"x", 0o100644, 0, CALLER),
+        "mkdir": lambda: union.mkdir(root, b"x", 0o755, CALLER),
+        "symlink": lambda: union.symlink(root, b"x", b"y", CALLER),
+        "unlink": lambda: union.unlink(root, b"a"),
+        "rmdir": lambda: union.rmdir(root, b"d"),
+        "link": lambda: run(union.link(nodeid, root, b"x")),
+        "rename": lambda: run(union.rename(root, b"a", root, b"x", 0)),
+        "create": lambda: run(union.create(root, b"x", 0o644, os.O_RDWR, CALLER)),
+        "tmpfile": lambda: run(union.tmpfile(root, 0o644, os.O_RDWR, CALLER)),
+        "setattr": lambda: run(union.setattr(nodeid, SetAttr(mode=0o600), CALLER)),
+        "setxattr": lambda: run(union.setxattr(nodeid, b"user.x", b"1", 0)),
+        "removexattr": lambda: run(union.removexattr(nodeid, b"user.x")),
+        "open": lambda: run(union.open(nodeid, os.O_RDWR)),
+        "write": lambda: run(union.write(nodeid, b"x", 0)),
+        "fallocate": lambda: run(union.fallocate(nodeid, 0, 0, 10)),
+        "ioctl": lambda: run(union.ioctl(nodeid, syscalls.FS_IOC_SETFLAGS, bytes(8))),
+        "copy_file_range": lambda: run(union.copy_file_range(nodeid, 0, nodeid, 0, 1)),
+    }
+
+
+def test_nothing_changes_while_frozen(layers: Path) -> None:
+    union = Union.mount(config_of(layers))
+    nodeid = union.lookup(union.root, b"a").nodeid
+    before = sorted(os.listdir(layers / "upper"))
+    union.freeze()
+    for name, change in changes_of(union, nodeid).items():
+        with pytest.raises(FrozenError):
+            change()
+        assert sorted(os.listdir(layers / "upper")) == before, name
+    union.thaw()
+    steps.run(union.write(nodeid, b"x", 0))
+    union.close()
 
 
 @pytest.mark.parametrize("old", [False, True])

@@ -15,15 +15,13 @@ import contextlib
 import logging
 import os
 import stat
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+from unionfsd import syscalls
 from unionfsd.control import places
 from unionfsd.errors import BUSY, UserError, reason
 from unionfsd.options import MountConfig
 from unionfsd.syscalls import Fd, proc_path
-
-if TYPE_CHECKING:
-    import socket
 
 log = logging.getLogger(__name__)
 
@@ -73,12 +71,12 @@ class Control:
 
 
 class Listener:
-    """A listening socket and the names it has."""
+    """A listening socket and the names it has; `gid` is the group that may use it."""
 
-    __slots__ = ("_names", "gid", "path", "sock")
+    __slots__ = ("_names", "fd", "gid", "path")
 
-    def __init__(self, sock: socket.socket, path: bytes, gid: int | None) -> None:
-        self.sock = sock
+    def __init__(self, fd: Fd, path: bytes, gid: int | None) -> None:
+        self.fd = fd
         self.path = path
         self.gid = gid
         self._names: list[tuple[Fd, bytes, int]] = []
@@ -89,7 +87,7 @@ class Listener:
 
     def close(self) -> None:
         """Stop listening and remove the names, unless somebody else has taken them meanwhile."""
-        self.sock.close()
+        self.fd.close()
         for directory, filename, inode in self._names:
             with contextlib.suppress(OSError):
                 if _inode(directory, filename) == inode:
@@ -157,36 +155,28 @@ def _private_directory(path: bytes) -> Fd:
 
 
 def _listen_at(directory: Fd, filename: bytes, path: bytes, gid: int | None) -> Listener:
-    import socket  # late: trio has imported it by now
-
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-    try:
-        # Before it is bound: the file is never there with a wider mode (net/unix/af_unix.c), only a narrower one, for
-        # there is a umask.
-        mode = 0o600 if gid is None else 0o660
-        os.fchmod(sock.fileno(), mode)
-        hidden = b".%s.%d" % (filename, os.getpid())
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(hidden, dir_fd=directory.fd)
-        # By way of the descriptor also because an address has room for 108 bytes only.
-        sock.bind(proc_path(directory.fd) + b"/" + hidden)
-        os.chmod(hidden, mode, dir_fd=directory.fd)
-        if gid is not None:
-            os.chown(hidden, -1, gid, dir_fd=directory.fd, follow_symlinks=False)
-        sock.listen(_BACKLOG)
-        os.rename(hidden, filename, src_dir_fd=directory.fd, dst_dir_fd=directory.fd)
-        listener = Listener(sock, path, gid)
-        listener.also(directory, filename)
-    except BaseException:
-        sock.close()
-        raise
+    hidden = _hidden(directory, filename)
+    # By way of the descriptor also because an address has room for 107 bytes only.
+    address = proc_path(directory.fd) + b"/" + hidden
+    fd = syscalls.listen_unix(address, 0o600 if gid is None else 0o660, _BACKLOG)
+    if gid is not None:
+        os.chown(address, -1, gid, follow_symlinks=False)
+    os.rename(hidden, filename, src_dir_fd=directory.fd, dst_dir_fd=directory.fd)
+    listener = Listener(fd, path, gid)
+    listener.also(directory, filename)
     return listener
 
 
-def _link(directory: Fd, filename: bytes, target: bytes) -> None:
+def _hidden(directory: Fd, filename: bytes) -> bytes:
+    """A name for what is to be renamed to `filename`, free now."""
     hidden = b".%s.%d" % (filename, os.getpid())
     with contextlib.suppress(FileNotFoundError):
         os.unlink(hidden, dir_fd=directory.fd)
+    return hidden
+
+
+def _link(directory: Fd, filename: bytes, target: bytes) -> None:
+    hidden = _hidden(directory, filename)
     os.symlink(target, hidden, dir_fd=directory.fd)
     os.rename(hidden, filename, src_dir_fd=directory.fd, dst_dir_fd=directory.fd)
 

@@ -9,33 +9,33 @@ Rules this file obeys:
 
 from __future__ import annotations
 
-import base64
 import errno
 import logging
+import math
 import os
 import resource
-import stat
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import trio
 
 from unionfsd import __version__, changes, explain, mountinfo, syscalls, usage
-from unionfsd.control import schema
+from unionfsd.control import schema, to_json
 from unionfsd.control.mounted import Mounted
-from unionfsd.control.protocol import FAILED, UNSUPPORTED, Json, RpcError
+from unionfsd.control.protocol import BUSY, FAILED, UNSUPPORTED, Json, RpcError
 
 if TYPE_CHECKING:
     from unionfsd.layers import Layer
     from unionfsd.lookup import Resolver
-    from unionfsd.options import MountConfig
     from unionfsd.refresh import Looked
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 #: Threads for walks at once, in one mount; others wait.
 _WALKS: Final = 2
@@ -63,6 +63,8 @@ class Methods:
         self._config = mounted.union.config
         self._census = census
         self._walks = trio.CapacityLimiter(_WALKS)
+        self._thawing = trio.CancelScope()
+        self._frozen_since = 0.0
 
     def named(self, name: str) -> Callable[..., Awaitable[Json]]:
         """The function of a method of the table."""
@@ -76,21 +78,22 @@ class Methods:
         line = self._line()
         given = {*config.explicit, "lowerdir", "flags"}
         return {
-            "mountpoint": _text(line.path if line else config.mountpoint),
+            "mountpoint": to_json.text(line.path if line else config.mountpoint),
             "mounted": line is not None,
             "id": mounted.number,
             "pid": os.getpid(),
             "owner": os.geteuid(),
-            "socket": _text(mounted.socket),
+            "socket": to_json.text(mounted.socket),
             "source": config.fsname,
             "transport": mounted.transport,
             "io": mounted.io,
             "read_only": config.read_only,
             "volatile": config.volatile,
-            "layers": [_layer(*row) for row in self._layers()],
+            "frozen": self._union.frozen,
+            "layers": [to_json.layer(*row) for row in self._layers()],
             "version": __version__,
             "uptime": round(monotonic() - mounted.since, 3),
-            "options": {name: value for name, value in _options(config).items() if name in given},
+            "options": {name: value for name, value in to_json.options(config).items() if name in given},
         }
 
     def _line(self) -> mountinfo.MountLine | None:
@@ -109,16 +112,16 @@ class Methods:
 
     async def layers(self, call: Call) -> Json:
         rows = list(self._layers())
-        return {"layers": await self._in_thread(partial(_describe_layers, rows)), "upper": self._upper()}
+        return {"layers": await self._in_thread(partial(to_json.layers, rows)), "upper": self._upper()}
 
     def _upper(self) -> Json:
         able = self._union.abilities
         if able is None:
             return None
         return {
-            "workdir": _text(self._config.workdir or b""),
+            "workdir": to_json.text(self._config.workdir or b""),
             "whiteout": able.whiteout,
-            "xattrs": None if able.namespace is None else _text(able.namespace),
+            "xattrs": None if able.namespace is None else to_json.text(able.namespace),
             "tmpfile": able.tmpfile,
             "exchange": able.exchange,
             "rename_whiteout": able.rename_whiteout,
@@ -142,7 +145,7 @@ class Methods:
 
     async def options(self, call: Call) -> Json:
         return {
-            "options": _options(self._config),
+            "options": to_json.options(self._config),
             "explicit": sorted(self._config.explicit),
             "warnings": list(self._config.warnings),
         }
@@ -150,7 +153,7 @@ class Methods:
     # Looking into the layers.
 
     async def explain(self, call: Call, *, path: bytes) -> Json:
-        return await self._with_reader(lambda reader: _explanation(explain.explain(reader, path)))
+        return await self._with_reader(lambda reader: to_json.explanation(explain.explain(reader, path)))
 
     async def diff(self, call: Call, *, path: bytes, limit: int, stream: bool, progress: bool) -> Json:
         items = _Items(call, limit, stream=stream)
@@ -159,7 +162,7 @@ class Methods:
 
         def walk(reader: Resolver) -> Json:
             for change in changes.changes(reader, names, ticker.tick):
-                items.add(_change(change), change.kind)
+                items.add(to_json.change(change), change.kind)
             return items.end()
 
         return await self._with_reader(walk)
@@ -168,7 +171,7 @@ class Methods:
         ticker = _Ticker(call, progress=progress)
         names = explain.split(path)
         rows = await self._with_reader(lambda reader: usage.usage(reader, names, depth, ticker.tick))
-        found = [row._asdict() | {"path": _text(row.path)} for row in rows[: limit + 1]]
+        found = [row._asdict() | {"path": to_json.text(row.path)} for row in rows[: limit + 1]]
         return {"total": found[0] if found else None, "items": found[1:], "truncated": len(rows) > limit + 1}
 
     async def _with_reader(self, look: Callable[[Resolver], T]) -> T:
@@ -193,6 +196,47 @@ class Methods:
         start = monotonic()
         await self._mounted.drive(self._union.syncfs())
         return {"seconds": round(monotonic() - start, 6), "volatile": self._config.volatile}
+
+    async def freeze(self, call: Call, *, timeout: float) -> Json:  # noqa: ASYNC109  # not of this call
+        if self._mounted.io == "passthrough" and not self._config.read_only:
+            raise RpcError(UNSUPPORTED, "with io=passthrough, writes do not come by")
+        start = monotonic()
+        await trio.to_thread.run_sync(self._write_back)
+        if self._union.frozen:
+            raise RpcError(BUSY, "frozen already")
+        self._union.freeze()
+        self._frozen_since = monotonic()
+        self._thawing.deadline = trio.current_time() + timeout
+        try:
+            await self._mounted.quiesce()
+            await self._mounted.drive(self._union.syncfs())
+        except BaseException:
+            self._union.thaw()
+            raise
+        return {"seconds": round(monotonic() - start, 6), "thaws_in": timeout}
+
+    def _write_back(self) -> None:
+        """Have the kernel hand over what it keeps of this mount, as far as we see it."""
+        line = self._line()
+        if line is None or any(other.parent_id == line.mount_id for other in mountinfo.read()):
+            return
+        with syscalls.Fd(os.open(line.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as fd:
+            syscalls.syncfs(fd.fd)
+
+    async def thaw(self, call: Call) -> Json:
+        frozen_for = monotonic() - self._frozen_since if self._union.frozen else 0.0
+        self._union.thaw()
+        self._thawing.deadline = math.inf
+        return {"frozen_for": round(frozen_for, 6)}
+
+    async def keep(self) -> None:
+        """End every freeze when its time is over; runs beside the methods."""
+        while True:
+            with trio.CancelScope() as self._thawing:
+                await trio.sleep_forever()
+            if self._union.frozen:
+                log.warning("thawed: the time of the freeze is over")
+                self._union.thaw()
 
     async def refresh(self, call: Call, *, path: bytes, progress: bool) -> Json:
         counts = {"nodes": 0, "replaced": 0}
@@ -302,147 +346,6 @@ class _Items:
         if self._stream and self._items:
             self._send()
         return {"items": self._items, "counts": self._counts, "truncated": self._truncated}
-
-
-# From values to JSON.
-
-
-def _text(path: bytes) -> str:
-    """A name as JSON has it, see `protocol`."""
-    return path.decode("utf-8", "surrogateescape")
-
-
-def _encoded(value: bytes) -> str:
-    return base64.b64encode(value).decode("ascii")
-
-
-def _xattrs(values: dict[bytes, bytes]) -> Json:
-    return {_text(name): _encoded(value) for name, value in values.items()}
-
-
-def _layer(rank: int, layer: Layer, upper: bool) -> Json:
-    return {"index": rank, "role": "upper" if upper else "lower", "path": _text(layer.path)}
-
-
-def _describe_layers(rows: list[tuple[int, Layer, bool]]) -> Json:
-    return [_describe_layer(*row) for row in rows]
-
-
-def _describe_layer(rank: int, layer: Layer, upper: bool) -> Json:
-    space = os.fstatvfs(layer.root.fd)
-    return {
-        **_layer(rank, layer, upper),
-        "dev": _device(layer.dev),
-        "filesystem_uuid": layer.uuid.hex() if any(layer.uuid) else None,
-        "private": layer.noatime,
-        "size": space.f_blocks * space.f_frsize,
-        "available": space.f_bavail * space.f_frsize,
-    }
-
-
-def _device(number: int) -> str:
-    return f"{os.major(number)}:{os.minor(number)}"
-
-
-_TYPES: Final = {
-    stat.S_IFREG: "file",
-    stat.S_IFDIR: "directory",
-    stat.S_IFLNK: "symlink",
-    stat.S_IFCHR: "character device",
-    stat.S_IFBLK: "block device",
-    stat.S_IFIFO: "fifo",
-    stat.S_IFSOCK: "socket",
-}
-
-
-def _type(mode: int) -> str:
-    return _TYPES.get(stat.S_IFMT(mode), "unknown")
-
-
-def _change(change: changes.Change) -> Json:
-    return {
-        "kind": change.kind,
-        "path": _text(change.path),
-        "type": _type(change.mode),
-        "fields": list(change.fields),
-        "renamed_from": None if change.renamed_from is None else _text(change.renamed_from),
-    }
-
-
-def _explanation(found: explain.Explanation) -> Json:
-    giver = found.giver
-    return {
-        "path": _text(found.path),
-        "exists": giver is not None,
-        "layer": None if giver is None else _layer_at(giver.layer),
-        "source": None if giver is None else _outside(giver),
-        "copies": [_copy(copy) for copy in found.copies],
-        "decided_by": _decision(found.decided_by),
-        "xattrs": _xattrs(found.xattrs),
-        "ino": None if found.number is None else _number(found.number),
-    }
-
-
-def _layer_at(at: explain.LayerAt) -> Json:
-    return {"index": at.rank, "role": "upper" if at.upper else "lower", "path": _text(at.path)}
-
-
-def _outside(copy: explain.Copy) -> str:
-    """Where a copy is for those who are not in the mount."""
-    return _text(os.path.join(copy.layer.path, copy.path.lstrip(b"/")))
-
-
-def _number(number: explain.Number) -> Json:
-    source = number.source
-    return {
-        "number": number.shown,
-        "layer": None if source is None else _layer_at(source.layer),
-        "source": None if source is None else _outside(source),
-    }
-
-
-def _decision(decision: explain.Decision | None) -> Json:
-    if decision is None:
-        return None
-    return {"mark": decision.mark, "layer": _layer_at(decision.layer), "path": _text(decision.path)}
-
-
-def _copy(copy: explain.Copy) -> Json:
-    st = copy.st
-    return {
-        "layer": _layer_at(copy.layer),
-        "path": _outside(copy),
-        "role": copy.role,
-        "type": _type(st.st_mode) if copy.whiteout is None else "whiteout",
-        "mode": stat.S_IMODE(st.st_mode),
-        "uid": st.st_uid,
-        "gid": st.st_gid,
-        "size": st.st_size,
-        "mtime_ns": st.st_mtime_ns,
-        "ino": st.st_ino,
-        "dev": _device(st.st_dev),
-        "whiteout": copy.whiteout,
-        "decided_by": _decision(copy.decided_by),
-        "marks": _xattrs(copy.marks),
-    }
-
-
-_NO_OPTIONS: Final = ("explicit", "warnings", "mountpoint", "lowerdirs", "mount_flags")
-_FLAGS: Final = {name[3:].lower(): getattr(syscalls, name) for name in dir(syscalls) if name.startswith("MS_")}
-
-
-def _options(config: MountConfig) -> dict[str, Json]:
-    """Options by name; those that are flags of mount(2) together under "flags"."""
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
-    flags = [name for name, bit in _FLAGS.items() if config.mount_flags & bit]
-    shown = {name: _plain(value) for name, value in values.items() if name not in _NO_OPTIONS}
-    return {"lowerdir": _plain(config.lowerdirs), **shown, "flags": flags}
-
-
-def _plain(value: Any) -> Json:
-    if isinstance(value, bytes):
-        return _text(value)
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _resident() -> int:

@@ -24,8 +24,9 @@ class Notifier(Protocol):
 class Mounted:
     """One mount that is served. `number` is the minor of its device number, `since` a time of the monotonic clock.
 
-    `mount_id` is None when somebody else made the mount. `drive` runs an operation of the union to its end. `unmount`
-    says "gone", "detached" or "busy"; a mount in use is detached only when its argument, `lazy`, is true.
+    `mount_id` is None when somebody else made the mount. `drive` runs an operation of the union to its end, `quiesce`
+    waits for the end of those under way. `unmount` says "gone", "detached" or "busy"; a mount in use is detached only
+    when its argument, `lazy`, is true.
     """
 
     union: Union
@@ -37,4 +38,5 @@ class Mounted:
     since: float
     notifier: Notifier
     drive: Callable[[Op[None]], Awaitable[None]]
+    quiesce: Callable[[], Awaitable[None]]
     unmount: Callable[[bool], Awaitable[str]]

@@ -114,6 +114,7 @@ def _int(name: str, help: str, low: int, high: int, default: int) -> Param:
 
 
 MAX_ITEMS: Final = 100_000
+MAX_FREEZE: Final = 3600.0
 LEVELS: Final = ("debug", "info", "warning", "error")
 
 _PATH: Final = Param("path", "A path from the root of the mount.", STRING, _path, required=True)
@@ -196,6 +197,7 @@ METHODS: Final[tuple[Method, ...]] = (
             io=words("cached", "passthrough"),
             read_only=BOOLEAN,
             volatile=BOOLEAN,
+            frozen=BOOLEAN,
             layers=array(_LAYER),
             version=STRING,
             uptime=NUMBER,
@@ -305,6 +307,31 @@ METHODS: Final[tuple[Method, ...]] = (
         record(seconds=NUMBER, volatile=BOOLEAN),
         acts=True,
         note="A mount with `volatile` does nothing, and says so.",
+    ),
+    Method(
+        "freeze",
+        "Let no change begin, and put the upper on disk: it can then be copied as it is.",
+        record(seconds=NUMBER, thaws_in=NUMBER),
+        (
+            Param(
+                "timeout",
+                "Thaw after so many seconds at the latest.",
+                {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_FREEZE},
+                _seconds(MAX_FREEZE),
+                60,
+            ),
+        ),
+        acts=True,
+        note="Who wants to change something waits. Reading goes on, except that a name the kernel does not know yet is "
+        "looked for after a change that waits in the same directory. It ends with `thaw`, after `timeout` seconds, and "
+        "when the mount is to end. Not with `io=passthrough`, where writes do not come by.",
+    ),
+    Method(
+        "thaw",
+        "Let changes begin again.",
+        record(frozen_for=NUMBER),
+        acts=True,
+        note="What waited comes first. `frozen_for` is 0 when the mount was not frozen.",
     ),
     Method(
         "log",

@@ -80,10 +80,11 @@ class Server:
     def _census(self) -> dict[str, int]:
         return {"clients": len(self._clients), "calls": self._calls, "refused": self._refused}
 
-    async def serve(self, listening: socket.socket) -> None:
-        """Accept clients on a listening unix socket, until cancelled."""
-        listener = trio.SocketListener(trio.socket.from_stdlib_socket(listening))
-        async with trio.open_nursery() as nursery:
+    async def serve(self, fd: int) -> None:
+        """Accept clients on `fd`, a listening unix socket that stays the caller's, until cancelled."""
+        listening = trio.socket.from_stdlib_socket(socket.socket(fileno=os.dup(fd)))
+        async with trio.SocketListener(listening) as listener, trio.open_nursery() as nursery:
+            nursery.start_soon(self._methods.keep)
             while True:
                 try:
                     stream = await listener.accept()

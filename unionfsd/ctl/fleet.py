@@ -139,15 +139,25 @@ def _remove(socket: bytes) -> str | None:
 
 def metrics(given: argparse.Namespace) -> int:
     """Figures of one mount, or of all, as Prometheus reads them."""
-    if given.path is None:
-        sockets = [seen.socket for seen in find.everything() if seen.state == "serving" and seen.socket]
+    path = None if given.path is None else os.fsencode(given.path)
+    if given.listen is not None:
+        from unionfsd.ctl import exporter
+
+        exporter.serve(given.listen, lambda: prometheus.text(_samples(path)))
+    elif given.json:
+        print(json.dumps([{"status": status, "stats": stats} for status, stats in _samples(path)], indent=2))
     else:
-        sockets = [find.locate(os.fsencode(given.path)).socket]
-    samples = [sample for socket in sockets if (sample := _sample(socket)) is not None]
-    print(
-        json.dumps([{"status": s, "stats": t} for s, t in samples]) if given.json else prometheus.text(samples), end=""
-    )
+        print(prometheus.text(_samples(path)), end="")
     return OK
+
+
+def _samples(path: bytes | None) -> list[tuple[Json, Json]]:
+    """(status, stats) of the mount that `path` lies on, or of every mount that answers."""
+    if path is not None:
+        sockets = [find.locate(path).socket]
+    else:
+        sockets = [seen.socket for seen in find.everything() if seen.state == "serving" and seen.socket]
+    return [sample for socket in sockets if (sample := _sample(socket)) is not None]
 
 
 def _sample(socket: bytes) -> tuple[Json, Json] | None:

@@ -43,6 +43,11 @@ class Verb(NamedTuple):
     def function(self) -> str:
         return self.name.replace("-", "_")
 
+    @property
+    def asks_one(self) -> bool:
+        """Whether it asks one mount, which may be named by its socket, too."""
+        return self.where == "verbs"
+
 
 _PATH: Final = Argument("path", "the mountpoint, or any path under it", {"nargs": "?", "default": "."})
 _ONE: Final = Argument("path", "a path on the mount; a symlink is not followed", {})
@@ -61,6 +66,17 @@ VERBS: Final[tuple[Verb, ...]] = (
     Verb("stats", "what a mount did, and what it holds", (_PATH,)),
     Verb("options", "the mount options in force", (_PATH,)),
     Verb("sync", "put the upper on disk", (_PATH,)),
+    Verb(
+        "freeze",
+        "let no change begin, and put the upper on disk, so that it can be copied",
+        (
+            _PATH,
+            Argument(
+                "--timeout", "thaw after so many seconds at the latest (default: 60)", {"type": float, "default": 60}
+            ),
+        ),
+    ),
+    Verb("thaw", "let changes begin again", (_PATH,)),
     Verb("refresh", "look again at layers that were changed underneath the mount", (_PATH,)),
     Verb("drop-caches", "let go of what can be read again", (_PATH,)),
     Verb(
@@ -88,8 +104,17 @@ VERBS: Final[tuple[Verb, ...]] = (
     Verb(
         "metrics",
         "figures of a mount, or of all, for Prometheus",
-        (Argument("path", "a path on the mount (default: all mounts)", {"nargs": "?", "default": None}),),
+        (
+            Argument("path", "a path on the mount (default: all mounts)", {"nargs": "?", "default": None}),
+            Argument("--listen", "serve them over HTTP, as /metrics", {"metavar": "HOST:PORT", "default": None}),
+        ),
         "fleet",
+    ),
+    Verb(
+        "completion",
+        "print the completion script for a shell",
+        (Argument("shell", "bash, zsh or fish", {"choices": ("bash", "zsh", "fish")}),),
+        "completion",
     ),
     Verb("discover", "all methods of the control socket, as OpenRPC", (_PATH,)),
     Verb(
@@ -172,6 +197,6 @@ def parser() -> argparse.ArgumentParser:
         row.set_defaults(verb=verb)
         for argument in verb.arguments:
             row.add_argument(argument.name, help=argument.help, **argument.settings)
-        if any(argument.name == "path" for argument in verb.arguments) and verb.where == "verbs":
+        if verb.asks_one:
             row.add_argument("--socket", metavar="SOCKET", help="ask this socket; PATH is then from the mount's root")
     return top

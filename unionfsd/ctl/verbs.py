@@ -61,7 +61,7 @@ def status(given: argparse.Namespace) -> int:
 
 def _status(value: Json) -> str:
     rows = [
-        ("state", "serving" if value["mounted"] else "serving, detached"),
+        ("state", "frozen" if value["frozen"] else "serving" if value["mounted"] else "serving, detached"),
         ("for", show.duration(value["uptime"])),
         ("pid", f"{value['pid']} of user {value['owner']}"),
         ("transport", f"{value['transport']}, {value['io']}"),
@@ -265,6 +265,19 @@ def sync(given: argparse.Namespace) -> int:
     with Asked(given, silence=None) as asked:
         value = asked.client.call("sync")
     return out(given, value, lambda _: "volatile: nothing is synced" if value["volatile"] else "")
+
+
+def freeze(given: argparse.Namespace) -> int:
+    with Asked(given, silence=None) as asked:
+        value = asked.client.call("freeze", timeout=given.timeout)
+    return out(
+        given, value, lambda _: f"frozen for {show.duration(value['thaws_in'])} at most; unionfsctl thaw ends it"
+    )
+
+
+def thaw(given: argparse.Namespace) -> int:
+    value = ask(given, "thaw")
+    return out(given, value, lambda _: "" if value["frozen_for"] else "it was not frozen")
 
 
 def refresh(given: argparse.Namespace) -> int:

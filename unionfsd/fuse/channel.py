@@ -23,6 +23,7 @@ import logging
 import os
 import select
 from collections.abc import Awaitable, Callable
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
@@ -35,10 +36,12 @@ from unionfsd.fuse.files import Files
 from unionfsd.fuse.linger import Lingerer
 from unionfsd.fuse.names import Names
 from unionfsd.fuse.passthrough import Passthrough
+from unionfsd.steps import FrozenError
 
 if TYPE_CHECKING:
     import trio
 
+    from unionfsd.fuse.pressure import Pressure
     from unionfsd.options import MountConfig
     from unionfsd.union import Union
 
@@ -48,6 +51,8 @@ _SLICE: Final = 0.005
 """Seconds the channel may keep the thread to itself while requests keep coming; then everybody else has a turn."""
 _SHORT_SLICE: Final = 0.0002
 """The same while operations are deferred, which need the thread as soon as their steps are done."""
+_LOOK: Final = 1.0
+"""Seconds between two looks at how much is known."""
 _BURST: Final = 32
 """Requests between two looks at the clock when they come faster than they are answered."""
 
@@ -103,6 +108,8 @@ class Channel:
         self._alone = Lingerer(fuse_fd)
         self._beside = Lingerer(fuse_fd)
         self._turn = 0.0
+        self._pressure: Pressure
+        self._look = 0.0
 
     def _fill(self, table: dict[Opcode, Handler]) -> None:
         for opcode, handler in table.items():
@@ -114,7 +121,11 @@ class Channel:
         """Serve until the mount is gone and every deferred operation has ended."""
         import trio
 
+        from unionfsd.fuse.notify import Notifier
+        from unionfsd.fuse.pressure import Pressure
+
         os.set_blocking(self._fd, False)
+        self._pressure = Pressure(self._exchange.union, Notifier(self._fd))
         self._readable, self._checkpoint = trio.lowlevel.wait_readable, trio.lowlevel.checkpoint
         failure: Exception | None = None
         async with trio.open_nursery() as nursery:
@@ -190,7 +201,15 @@ class Channel:
         """Let every other task run if the channel's turn is over."""
         if monotonic() > self._turn:
             await self._checkpoint()
-            self._turn = monotonic() + (_SHORT_SLICE if self._deferred else _SLICE)
+            now = monotonic()
+            self._turn = now + (_SHORT_SLICE if self._deferred else _SLICE)
+            if now > self._look:
+                self._look = now + _LOOK
+                self._see_to_memory()
+
+    def _see_to_memory(self) -> None:
+        if self._nursery is not None and self._pressure.due():
+            self._nursery.start_soon(self._pressure.relieve)
 
     # --- one request -------------------------------------------------------------------------------------------------
 
@@ -209,6 +228,8 @@ class Channel:
         except wire.WireError as exc:
             log.warning("request refused: %s", exc)
             self._fail(exchange.header, errno.EIO)
+        except FrozenError as frozen:
+            frozen.gate.on_open(partial(self._again, exchange.buf[:received]))
         except UserError:
             self._fail(exchange.header, errno.EPROTO)
             raise
@@ -218,6 +239,11 @@ class Channel:
         else:
             if payload is not None:
                 self._reply(header[2], payload)
+
+    def _again(self, request: bytes) -> None:
+        """Take a request up that was put aside; between two of the loop's awaits nothing is in the inbox."""
+        self._exchange.buf[: len(request)] = request
+        self._answer(len(request))
 
     def _reply(self, unique: int, payload: Payload) -> None:
         size = len(payload)

@@ -22,6 +22,8 @@ T = TypeVar("T")
 THREADS: Final = 16
 """Blocking steps at work at once, in one trio run; the others queue."""
 
+#: What `finish` is at work on, for `quiesce`.
+_unfinished: Final = trio.lowlevel.RunVar[set[trio.Event]]("unionfsd: operations under way")
 _limiter: Final = trio.lowlevel.RunVar[trio.CapacityLimiter]("unionfsd: blocking steps")
 
 
@@ -41,9 +43,31 @@ async def finish(op: Op[T], step: Step) -> T:
     For a transport that began it inline and could not answer at once. A cancellation from outside waits until it is
     done.
     """
-    with trio.CancelScope(shield=True):
-        result = await _to_end(op, step)
+    ended = trio.Event()
+    unfinished = _under_way()
+    unfinished.add(ended)
+    try:
+        with trio.CancelScope(shield=True):
+            result = await _to_end(op, step)
+    finally:
+        unfinished.discard(ended)
+        ended.set()
     return result
+
+
+async def quiesce() -> None:
+    """Wait until everything that is under way now, here, has ended; what begins meanwhile is not waited for."""
+    for ended in list(_under_way()):
+        await ended.wait()
+
+
+def _under_way() -> set[trio.Event]:
+    try:
+        return _unfinished.get()
+    except LookupError:
+        unfinished: set[trio.Event] = set()
+        _unfinished.set(unfinished)
+        return unfinished
 
 
 async def _to_end(op: Op[T], step: Step) -> T:
@@ -59,7 +83,7 @@ async def _to_end(op: Op[T], step: Step) -> T:
 async def _perform(op: Op[Any], step: Step) -> Callable[[], Step]:
     """Do what `step` asks; returns how `op` goes on after it."""
     if isinstance(step, Gate):
-        await _opened(step)
+        await opened(step)
         return partial(op.send, None)
     try:
         value = await _in_thread(step)
@@ -68,7 +92,8 @@ async def _perform(op: Op[Any], step: Step) -> Callable[[], Step]:
     return partial(op.send, value)
 
 
-async def _opened(gate: Gate) -> None:
+async def opened(gate: Gate) -> None:
+    """Wait until `gate` is open."""
     event = trio.Event()
     gate.on_open(event.set)
     await event.wait()

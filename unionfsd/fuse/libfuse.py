@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pyfuse3
 
-from unionfsd.fuse.driver import drive
+from unionfsd.fuse.driver import drive, opened
 from unionfsd.fuse.names import killed
+from unionfsd.steps import FrozenError
 from unionfsd.union import Caller, SetAttr
 
 if TYPE_CHECKING:
@@ -78,14 +79,17 @@ def _handler(fn: Callable[..., Any]) -> _Handler:
     @functools.wraps(fn)
     async def answer(self: _Operations, *args: Any) -> Any:
         self.counters.requests += 1
-        try:
-            return await drive(fn(self, *args)) if generator else fn(self, *args)
-        except OSError as error:
-            self.counters.errors += 1
-            raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
-        except Exception as error:
-            self.report(fn.__name__, error)
-            raise pyfuse3.FUSEError(errno.EIO) from None
+        while True:
+            try:
+                return await drive(fn(self, *args)) if generator else fn(self, *args)
+            except FrozenError as frozen:
+                await opened(frozen.gate)
+            except OSError as error:
+                self.counters.errors += 1
+                raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
+            except Exception as error:
+                self.report(fn.__name__, error)
+                raise pyfuse3.FUSEError(errno.EIO) from None
 
     return answer
 
