@@ -498,12 +498,12 @@ def scripted(cli: Cli, preparation: str, *arguments: str) -> list[str]:
 
 
 def before_serving(cli: Cli, action: str, *arguments: str) -> list[str]:
-    """A command that mounts and then, when it comes to import the event loop, does `action`."""
+    """A command that mounts and then, when it comes to import the transport, does `action`."""
     preparation = f"""
         import os, sys, time
         class Moment:
             def find_spec(self, name, path=None, target=None):
-                if name == "trio":
+                if name in ("unionfsd.fuse.channel", "unionfsd.fuse.libfuse"):
                     {action}
         sys.meta_path.insert(0, Moment())
     """
