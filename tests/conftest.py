@@ -42,8 +42,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "deviates: the kernel's overlayfs does otherwise; docs/deviations.md says why")
-    # Under nohup daemons would inherit that the end of a terminal is nothing to them.
+    # Under nohup, or in the background of a script, daemons would inherit that these signals are nothing to them.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
