@@ -156,7 +156,7 @@ def _attend(config: MountConfig, *, up: Callable[[], None]) -> None:
         control = stack.enter_context(Control(config))
         signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         mount = mounting.mount(config)
-        stack.callback(_take_down, mount)
+        stack.callback(mount.end)
         _serve(union, mount, control, config, up)
 
 
@@ -166,12 +166,6 @@ def _settle() -> None:
     os.umask(0)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _take_down(mount: Mount) -> None:
-    """Hang up, so that nobody waits for answers, and see that no dead mount stays."""
-    mount.close()
-    mount.unmount()
 
 
 def _serve(union: Union, mount: Mount, control: Control, config: MountConfig, up: Callable[[], None]) -> None:

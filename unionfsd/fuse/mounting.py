@@ -115,6 +115,25 @@ class Mount:
         """Hang up. Who still uses the mount gets ENOTCONN from here on."""
         self._fd.close()
 
+    def end(self) -> None:
+        """Hang up, and take the mount away if it is there still.
+
+        Then it is dead. A living one in its place is another daemon's, whatever its numbers: the kernel uses mount ids
+        and device numbers again as soon as they are free.
+        """
+        self.close()
+        if self.place is not None and _is_dead(self.place.path):
+            self.unmount()
+
+
+def _is_dead(path: bytes) -> bool:
+    """Whether nobody answers for the mount at `path`; statfs(2) is never answered from a cache."""
+    try:
+        os.statvfs(path)
+    except OSError as error:
+        return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+    return False
+
 
 def check_mountpoint(path: bytes) -> None:
     """Raise UserError unless `path` is a directory, or a /dev/fuse that somebody mounted for us."""
