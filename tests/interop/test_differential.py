@@ -445,6 +445,8 @@ class Trial:
         return tree
 
     def fail(self, why: str) -> None:
+        if not self.ours.root.is_mount():
+            why = f"unionfsd is not mounted any more; {why}"
         pytest.fail(f"seed {self.author.seed}: {why}\nbefore that:\n" + "\n".join(self.done), pytrace=False)
 
 
