@@ -459,7 +459,7 @@ def populate(layers: Layers, author: Author) -> None:
             scribe.run(author.call()._replace(user=False))
         scribe.close_all()
         for path in lower.rglob("*"):
-            if path.lstat().st_nlink > 1 and not path.is_dir():
+            if path.lstat().st_nlink > 1 and not stat.S_ISDIR(path.lstat().st_mode):
                 path.unlink()  # copy-up parts hard links of a lower, as in overlayfs without index
 
 
