@@ -19,7 +19,7 @@ import signal
 from collections.abc import Awaitable, Callable
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Final, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
 
 from unionfsd import errors, logs, systemd
 from unionfsd.control.listener import Control
@@ -36,11 +36,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_STOP_SIGNALS: Final = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
 
 
-#: What a transport is by the time it is run: it answers the kernel until the mount is gone.
-Serve: TypeAlias = Callable[[], Awaitable[None]]
+class Transport(NamedTuple):
+    """What serves the mount: `run` answers the kernel until it is gone, `quiesce` waits for what was begun."""
+
+    run: Callable[[], Awaitable[None]]
+    quiesce: Callable[[], Awaitable[None]]
 
 
 def run(config: MountConfig, *, foreground: bool) -> int:
@@ -178,12 +181,12 @@ def _serve(union: Union, mount: Mount, control: Control, config: MountConfig, up
         systemd.notify("READY=1", f"MAINPID={os.getpid()}")
         answering.set()
 
-    serve = _transport(union, mount, config, started)
+    transport = _transport(union, mount, control, config, started)
     import trio  # late: the mount is there already, see the head of this file
 
     gc.freeze()
     gc.enable()
-    trio.run(_serve_until_gone, union, mount, control, config, serve, answering)
+    trio.run(_serve_until_gone, union, mount, control, config, transport, answering)
 
 
 class _Answering:
@@ -206,21 +209,27 @@ class _Answering:
             await self._event.wait()
 
 
-def _transport(union: Union, mount: Mount, config: MountConfig, started: Callable[[], None]) -> Serve:
+def _transport(
+    union: Union, mount: Mount, control: Control, config: MountConfig, started: Callable[[], None]
+) -> Transport:
     """What serves the mount. The kernel channel has begun to when this returns."""
     if config.transport == "pyfuse3":
         from unionfsd.fuse import libfuse
 
-        return partial(libfuse.serve, union, mount.fuse_fd, config, started=started)
+        return Transport(partial(libfuse.serve, union, mount.fuse_fd, config, started=started), _settled)
     from unionfsd.fuse import channel
 
     serving = channel.channel(union, mount.fuse_fd, config, started)
-    serving.begin()
-    return serving.run
+    serving.begin(lambda: control.asked() or not _STOP_SIGNALS.isdisjoint(signal.sigpending()))
+    return Transport(serving.run, serving.quiesce)
+
+
+async def _settled() -> None:
+    """Nothing runs beside the event loop."""
 
 
 async def _serve_until_gone(
-    union: Union, mount: Mount, control: Control, config: MountConfig, serve: Serve, answering: _Answering
+    union: Union, mount: Mount, control: Control, config: MountConfig, transport: Transport, answering: _Answering
 ) -> None:
     import trio
 
@@ -232,14 +241,14 @@ async def _serve_until_gone(
             from unionfsd import service
 
             nursery.start_soon(service.report, union)
-        await _serve_clients(union, mount, control, config)
+        await _serve_clients(union, mount, control, config, transport)
 
     failure: Exception | None = None
     async with trio.open_nursery() as nursery:
         await nursery.start(_stop_on_signals, union, mount, nursery)
         try:
             nursery.start_soon(attend)
-            await serve()
+            await transport.run()
         except Exception as error:  # kept, because a nursery would wrap it
             failure = error
         nursery.cancel_scope.cancel()
@@ -252,7 +261,9 @@ async def _serve_until_gone(
         raise failure
 
 
-async def _serve_clients(union: Union, mount: Mount, control: Control, config: MountConfig) -> None:
+async def _serve_clients(
+    union: Union, mount: Mount, control: Control, config: MountConfig, transport: Transport
+) -> None:
     """Serve the control socket, from its first client on: until then nothing is imported for it."""
     import trio
 
@@ -263,17 +274,25 @@ async def _serve_clients(union: Union, mount: Mount, control: Control, config: M
     try:
         from unionfsd.control.server import Server
 
-        await Server(_mounted(union, mount, listener.path, since, config), listener.gid).serve(listener.fd.fd)
+        await Server(_mounted(union, mount, listener.path, since, config, transport), listener.gid).serve(
+            listener.fd.fd
+        )
     except Exception:
         log.exception("the control socket is served no longer")
 
 
-def _mounted(union: Union, mount: Mount, socket: bytes, since: float, config: MountConfig) -> Mounted:
+def _mounted(
+    union: Union, mount: Mount, socket: bytes, since: float, config: MountConfig, transport: Transport
+) -> Mounted:
     import trio
 
     from unionfsd.control.mounted import Mounted
     from unionfsd.fuse.driver import drive, quiesce
     from unionfsd.fuse.notify import Notifier
+
+    async def all_ended() -> None:
+        await transport.quiesce()
+        await quiesce()
 
     async def unmount(lazy: bool) -> str:
         union.thaw()
@@ -290,7 +309,7 @@ def _mounted(union: Union, mount: Mount, socket: bytes, since: float, config: Mo
         since=since,
         notifier=Notifier(mount.fuse_fd),
         drive=drive,
-        quiesce=quiesce,
+        quiesce=all_ended,
         unmount=unmount,
     )
 

@@ -48,6 +48,9 @@ _SPARE_FDS: Final = 256
 _MAX_CACHED_FDS: Final = 65536
 #: Snapshots of directories kept for readers in the middle of them; one that was dropped is made anew.
 _MAX_READERS: Final = 64
+#: Entries that are looked up with their listing whether or not anybody wants them; more, once so many were sought.
+_FEW: Final = 10_000
+_SOUGHT: Final = 64
 
 
 class Found(NamedTuple):
@@ -332,6 +335,15 @@ class Union:
             if len(self._readers) > _MAX_READERS:
                 self._readers.popitem(last=False)[0].snapshot = None
         return self._read_on(node, node.snapshot, cookie)
+
+    def eager(self, nodeid: int) -> bool:
+        """Whether who lists the directory is better told everything of its entries, and not their names alone.
+
+        So it is unless they are many; then, if entries have been looked up.
+        """
+        node = self._table.directory(nodeid)
+        few = node.snapshot is None or len(node.snapshot) <= _FEW
+        return few or (node.children is not None and len(node.children) >= _SOUGHT)
 
     def _read_on(self, node: DirNode, snapshot: Listing, cookie: int) -> Iterator[Dirent]:
         yield from snapshot.after(cookie)

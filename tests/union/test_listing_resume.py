@@ -66,3 +66,22 @@ def read_in_pieces(
             present = present | {name}
     assert seen[:2] == [b".", b".."]
     return stayed, seen[2:]
+
+
+def test_the_entries_of_a_large_directory_are_looked_up_once_some_were() -> None:
+    names = [b"n%d" % number for number in range(10_001)]
+    with stacked(
+        [directory({b"large": directory(dict.fromkeys(names, regular())), b"small": directory({})})], None
+    ) as stack:
+        union = stack.union()
+        large, small = (union.lookup(union.root, name).nodeid for name in (b"large", b"small"))
+        eager = []
+        for sought in (names[:60], names[60:70]):
+            for name in sought:
+                union.lookup(large, name)
+            list(zip(range(5), union.listdir(large, 0), strict=False))
+            eager.append(union.eager(large))
+        assert eager == [False, True]
+        union.listdir(small, 0)
+        assert union.eager(small)
+        union.close()

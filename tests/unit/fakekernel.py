@@ -155,6 +155,9 @@ class FakeUnion:
     def releasedir(self, nodeid: int) -> None:
         self._note("releasedir", nodeid)
 
+    def eager(self, nodeid: int) -> bool:
+        return True
+
     def listdir(self, nodeid: int, cookie: int) -> Iterator[Dirent]:
         return iter([entry for entry in self.entries if entry.cookie > cookie])
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import logging
+import socket
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,10 +15,11 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.fakekernel import CONFIG, EVERYTHING, FakeUnion, served
+from tests.unit.fakekernel import CONFIG, EVERYTHING, FakeUnion, Kernel, served
 from unionfsd.errors import UserError
-from unionfsd.fuse import abi, wire
+from unionfsd.fuse import abi, wire, workers
 from unionfsd.fuse.abi import InitFlag, Opcode
+from unionfsd.fuse.channel import Channel
 from unionfsd.steps import Blocking, Gate, Op
 from unionfsd.union import Dirent
 
@@ -281,6 +284,17 @@ def test_a_listing_in_parts_is_the_listing(plus: bool, names: list[bytes], size:
     assert union.calls[-1] == ("releasedir", 1)
 
 
+async def test_what_is_not_worth_looking_up_is_listed_by_name(
+    union: FakeUnion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    union.entries += [Dirent(b"a", 7, 8, 3), Dirent(b"b", 8, 8, 4)]
+    monkeypatch.setattr(union, "eager", lambda nodeid: False)
+    async with served(union) as kernel:
+        part = (await kernel.call(Opcode.READDIRPLUS, read_in(0, 4096))).payload
+    assert [name for name, _ in dirents(part, wire.ENTRY_OUT.size)] == [b".", b"..", b"a", b"b"]
+    assert not [call for call in union.calls if call[0] == "lookup"]
+
+
 # --- operations that wait --------------------------------------------------------------------------------------------
 
 
@@ -337,6 +351,111 @@ async def test_what_waits_is_finished_after_the_kernel_has_gone(
     async with served(union) as kernel:
         await kernel.send(Opcode.FSYNC, wire.FSYNC_IN.pack(0, 0), nodeid=4)
     assert ended == [4]
+
+
+async def test_more_steps_than_threads_all_end_and_quiesce_waits_for_them(
+    union: FakeUnion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = threading.Event()
+    ended = []
+
+    def fsync(nodeid: int, datasync: bool) -> Op[None]:
+        ended.append((yield Blocking(lambda: held.wait() and nodeid)))
+
+    monkeypatch.setattr(union, "fsync", fsync)
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    channel = Channel(union, near.fileno(), CONFIG, lambda: None)  # type: ignore[arg-type]
+    kernel = Kernel(far)
+    with near:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(channel.run)
+            try:
+                count = workers.THREADS + 5
+                waiting = [
+                    await kernel.send(Opcode.FSYNC, wire.FSYNC_IN.pack(0, 0), nodeid=at + 1) for at in range(count)
+                ]
+                assert (await kernel.call(Opcode.STATFS)).error == 0
+                with trio.move_on_after(0.05) as patience:
+                    await channel.quiesce()
+                assert patience.cancelled_caught
+                assert not ended
+                held.set()
+                await channel.quiesce()
+                assert sorted(ended) == list(range(1, count + 1))
+                assert sorted([(await kernel.receive()).unique for _ in waiting]) == waiting
+            finally:
+                held.set()
+                kernel.hang_up()
+
+
+async def test_a_step_that_fails_is_the_operation_s_to_handle(
+    union: FakeUnion, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(error: Exception) -> None:
+        raise error
+
+    def fsync(nodeid: int, datasync: bool) -> Op[None]:
+        if nodeid == 1:
+            with pytest.raises(OSError, match="full"):
+                yield Blocking(lambda: fail(OSError(errno.ENOSPC, "full")))
+            return
+        yield Blocking(lambda: fail(OSError(errno.ENOSPC, "full") if nodeid == 2 else ValueError("a defect")))
+
+    monkeypatch.setattr(union, "fsync", fsync)
+    async with served(union) as kernel:
+        errors = [(await kernel.call(Opcode.FSYNC, wire.FSYNC_IN.pack(0, 0), nodeid=at)).error for at in (1, 2, 3)]
+    assert errors == [0, errno.ENOSPC, errno.EIO]
+    assert union.counters.faults == 1
+    assert "a defect" in caplog.text
+    caplog.clear()
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+async def test_without_a_thread_to_be_had_the_caller_hears_of_it_or_waits(
+    union: FakeUnion, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    real, left = threading.Thread.start, [threads]
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name.startswith("unionfsd"):
+            if not left[0]:
+                raise RuntimeError("can't start new thread")
+            left[0] -= 1
+        real(thread)
+
+    def fsync(nodeid: int, datasync: bool) -> Op[None]:
+        yield Blocking(lambda: None)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    monkeypatch.setattr(union, "fsync", fsync)
+    async with served(union) as kernel:
+        waiting = [await kernel.send(Opcode.FSYNC, wire.FSYNC_IN.pack(0, 0)) for _ in range(3)]
+        replies = [await kernel.receive() for _ in waiting]
+    assert [reply.error for reply in replies] == [0 if threads else errno.EAGAIN] * 3
+
+
+def test_work_begins_before_there_is_an_event_loop(union: FakeUnion, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(nodeid: int, datasync: bool) -> Op[None]:
+        yield Blocking(lambda: None)
+
+    monkeypatch.setattr(union, "fsync", fsync)
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with near, far:
+        for unique in (2, 4, 6):
+            body = wire.FSYNC_IN.pack(0, 0)
+            far.send(wire.IN_HEADER.pack(wire.BODY + len(body), Opcode.FSYNC, unique, 1, 0, 0, 0, 0) + body)
+        Channel(union, near.fileno(), CONFIG, lambda: None).begin()  # type: ignore[arg-type]
+        assert sorted(wire.OUT_HEADER.unpack(far.recv(4096))[2] for _ in range(3)) == [2, 4, 6]
+
+
+def test_the_beginning_ends_when_somebody_else_waits(union: FakeUnion) -> None:
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    request = wire.IN_HEADER.pack(wire.BODY, Opcode.STATFS, 2, 1, 0, 0, 0, 0)
+    with near, far:
+        for _ in range(3):
+            far.send(request)
+        Channel(union, near.fileno(), CONFIG, lambda: None).begin(lambda: True)  # type: ignore[arg-type]
+        assert near.recv(4096) == request, "left for the event loop"
 
 
 # --- hostile bytes ---------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import stat
 from typing import Final
 
@@ -61,6 +62,14 @@ class Control:
             return None
         directory, path, filename = usual
         return _listen_at(directory, filename, os.path.join(path, filename), self._gid)
+
+    def asked(self) -> bool:
+        """Whether a client waits to be heard."""
+        if self.listener is None:
+            return False
+        poll = select.poll()
+        poll.register(self.listener.fd.fd, select.POLLIN)
+        return bool(poll.poll(0))
 
     def __enter__(self) -> Control:
         return self

@@ -5,13 +5,15 @@ answered before the next is read, no task for what cannot block, no event loop w
 
 Rules of this file:
 
-- Only the task in `Channel.run` reads requests; deferred operations re-enter the union from tasks of the same thread,
-  between two of its awaits. So everything between two awaits is atomic for all of them.
-- Every request that expects a reply gets exactly one: from `_answer`, or from `_finish` if its operation was deferred.
+- Only the channel's thread reads requests, and operations go on in it, one at a time, between two requests: what is
+  between two steps of an operation is atomic for all others.
+- Every request that expects a reply gets exactly one: from `_answer`, or from `_go_on` if its operation was deferred.
+- An operation that was begun runs to its end, whatever is cancelled: half of one would leave a staged object
+  unpublished, or a gate closed for ever.
 - A guard in each of the two turns exceptions into errnos: OSError into its own, WireError and anything unexpected into
   EIO, the unexpected with a traceback in the log.
-- trio is imported when the channel first waits. Until then `begin` serves, without a loop or a task, so that a mount
-  answers while most of its start is still to come.
+- trio is imported when nobody asks for anything. Until then `begin` serves, without a loop or a task, so that a mount
+  answers, and works at full speed, while most of its start is still to come.
 - INTERRUPT is ignored, as the protocol allows: what is inline is over before it could be read, what is deferred is a
   copy-up or a sync that somebody else may already count on.
 """
@@ -25,7 +27,7 @@ import select
 from collections.abc import Awaitable, Callable
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from unionfsd.errors import UserError
 from unionfsd.fuse import negotiate, readahead, wire
@@ -33,24 +35,24 @@ from unionfsd.fuse.abi import FUSE_KERNEL_VERSION, InitFlag, Opcode
 from unionfsd.fuse.dirs import Dirs
 from unionfsd.fuse.exchange import Deferred, Exchange, Handler, Payload
 from unionfsd.fuse.files import Files
-from unionfsd.fuse.linger import Lingerer
+from unionfsd.fuse.linger import SLEEP_MS, Lingerer
 from unionfsd.fuse.names import Names
 from unionfsd.fuse.passthrough import Passthrough
-from unionfsd.steps import FrozenError
+from unionfsd.fuse.workers import Workers
+from unionfsd.steps import FrozenError, Gate
 
 if TYPE_CHECKING:
     import trio
 
     from unionfsd.fuse.pressure import Pressure
     from unionfsd.options import MountConfig
+    from unionfsd.steps import Step
     from unionfsd.union import Union
 
 log = logging.getLogger(__name__)
 
 _SLICE: Final = 0.005
 """Seconds the channel may keep the thread to itself while requests keep coming; then everybody else has a turn."""
-_SHORT_SLICE: Final = 0.0002
-"""The same while operations are deferred, which need the thread as soon as their steps are done."""
 _LOOK: Final = 1.0
 """Seconds between two looks at how much is known."""
 _BURST: Final = 32
@@ -58,8 +60,10 @@ _BURST: Final = 32
 
 _QUIET_MS: Final = 20
 """Milliseconds without a request after which the start goes on."""
-_BEGINNING: Final = 1.0
-"""Seconds after which it goes on even while requests keep coming."""
+_BEGINNING: Final = 5.0
+"""Seconds after which it goes on even while requests keep coming, or as soon as somebody else waits for us."""
+_GLANCE: Final = 0.05
+"""Seconds between two looks at whether somebody does."""
 _DEFECT: Final = "request failed with an unexpected error"
 _OUT: Final = wire.OUT_HEADER
 _OUT_SIZE: Final = wire.OUT_HEADER.size
@@ -101,12 +105,12 @@ class Channel:
         self._fill(self._names.table() | self._files.table() | self._dirs.table())
         self._fill({Opcode.INIT: self._init, Opcode.DESTROY: _ok, Opcode.INTERRUPT: _silent})
         self._nursery: trio.Nursery | None = None
-        self._early: list[Deferred] = []
         self._readable: Callable[[int], Awaitable[None]]
         self._checkpoint: Callable[[], Awaitable[None]]
-        self._deferred = 0
+        self._workers = Workers()
+        self._deferred: set[Deferred] = set()
         self._alone = Lingerer(fuse_fd)
-        self._beside = Lingerer(fuse_fd)
+        self._beside = Lingerer(fuse_fd, self._workers.fd, ready=self._workers.ready)
         self._turn = 0.0
         self._pressure: Pressure
         self._look = 0.0
@@ -116,6 +120,37 @@ class Channel:
             self._handlers[opcode] = handler
 
     # --- the loop ----------------------------------------------------------------------------------------------------
+
+    def begin(self, wanted: Callable[[], bool] = lambda: False) -> None:
+        """Answer INIT and what comes with it, until nothing comes for a moment or `wanted` says that we must go on.
+
+        UserError: the kernel is too old.
+        """
+        os.set_blocking(self._fd, False)
+        end = monotonic() + _BEGINNING
+        glance = 0.0
+        while self._serve_one():
+            now = monotonic()
+            if now > glance:
+                glance = now + _GLANCE
+                if now > end or wanted():
+                    return
+
+    def _serve_one(self) -> bool:
+        """Answer the next request, or go on with an operation; False when there is nothing to do for a moment."""
+        if self._workers.ready:
+            self._go_on()
+            return True
+        try:
+            received = os.readv(self._fd, self._exchange.inbox.vector)
+        except BlockingIOError:
+            return self._linger(_QUIET_MS) or bool(self._deferred)
+        except OSError:
+            return False  # `run` meets it again, and knows what to do
+        if received < wire.BODY:
+            return False
+        self._answer(received)
+        return True
 
     async def run(self) -> None:
         """Serve until the mount is gone and every deferred operation has ended."""
@@ -130,42 +165,30 @@ class Channel:
         failure: Exception | None = None
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            for deferred in self._early:
-                nursery.start_soon(self._finish, deferred)
             try:
-                await self._loop()
+                with select.epoll() as both:
+                    both.register(self._fd, select.EPOLLIN)
+                    both.register(self._workers.fd, select.EPOLLIN)
+                    await self._loop(both.fileno())
             except Exception as exc:  # kept, because the nursery would wrap it
                 failure = exc
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self._end()
         if failure is not None:
             raise failure
 
-    def begin(self) -> None:
-        """Answer INIT and what comes with it, until nothing comes for a moment or something has to wait for a thread.
-
-        UserError: the kernel is too old.
-        """
-        os.set_blocking(self._fd, False)
-        poll = select.poll()
-        poll.register(self._fd, select.POLLIN)
-        end = monotonic() + _BEGINNING
-        while not self._early and poll.poll(_QUIET_MS) and monotonic() < end:
-            try:
-                received = os.readv(self._fd, self._exchange.inbox.vector)
-            except OSError:
-                return  # `run` meets it again, and knows what to do
-            if received < wire.BODY:
-                return
-            self._answer(received)
-
-    async def _loop(self) -> None:
+    async def _loop(self, both: int) -> None:
         fd, exchange, answer = self._fd, self._exchange, self._answer
-        readv = os.readv
+        readv, ready = os.readv, self._workers.ready
         left = _BURST
         while True:
+            while ready:
+                self._go_on()
             try:
                 received = readv(fd, exchange.inbox.vector)
             except BlockingIOError:
-                await self._idle()
+                await self._idle(both)
                 continue
             except OSError as exc:
                 if exc.errno in _GONE:
@@ -184,25 +207,59 @@ class Channel:
                 left = _BURST
                 await self._turn_over()
 
-    async def _idle(self) -> None:
+    async def _idle(self, both: int) -> None:
         """Wait for the next request: as long as it is likely to come at once outside the event loop, then in it."""
         await self._turn_over()
-        deferred = self._deferred
-        lingerer = self._beside if deferred else self._alone
-        if lingerer.spin() or (not deferred and lingerer.sleep()):
+        if self._linger():
             return
         start = monotonic()
-        await self._readable(self._fd)
+        if self._deferred:
+            await self._sleep(both)
+            lingerer = self._beside
+        else:
+            await self._readable(self._fd)
+            lingerer = self._alone
         now = monotonic()
         lingerer.woken(now - start)
-        self._turn = now + (_SHORT_SLICE if deferred else _SLICE)
+        self._turn = now + _SLICE
+
+    def _linger(self, milliseconds: int = SLEEP_MS) -> bool:
+        """Wait a moment for a request, or for an operation that can go on. True: there is something."""
+        if not self._deferred:
+            return self._alone.spin() or self._alone.sleep(milliseconds)
+        workers, lingerer = self._workers, self._beside
+        if lingerer.spin():
+            return True
+        workers.sleeping = True
+        woken = bool(workers.ready) or lingerer.sleep(milliseconds)
+        workers.awake()
+        return woken
+
+    async def _sleep(self, fd: int) -> None:
+        """Wait in the event loop until `fd` is readable, which it is when a thread has something for us."""
+        workers = self._workers
+        workers.sleeping = True
+        try:
+            if not workers.ready:
+                await self._readable(fd)
+        finally:
+            workers.awake()
+
+    async def _end(self) -> None:
+        """See what was begun to its end; nobody is there any more for the answers."""
+        while self._deferred:
+            if self._workers.ready:
+                self._go_on()
+            else:
+                await self._sleep(self._workers.fd)
+        self._workers.close()
 
     async def _turn_over(self) -> None:
         """Let every other task run if the channel's turn is over."""
         if monotonic() > self._turn:
             await self._checkpoint()
             now = monotonic()
-            self._turn = now + (_SHORT_SLICE if self._deferred else _SLICE)
+            self._turn = now + _SLICE
             if now > self._look:
                 self._look = now + _LOOK
                 self._see_to_memory()
@@ -269,28 +326,59 @@ class Channel:
     # --- operations that yielded -------------------------------------------------------------------------------------
 
     def _defer(self, deferred: Deferred) -> None:
-        self._deferred += 1
-        if self._nursery is None:
-            self._early.append(deferred)
+        self._deferred.add(deferred)
+        self._perform(deferred, deferred.step)
+
+    def _perform(self, deferred: Deferred, step: Step) -> None:
+        """See that `step` is done; the operation is then due."""
+        if isinstance(step, Gate):
+            step.on_open(partial(self._workers.due, deferred))
         else:
-            self._nursery.start_soon(self._finish, deferred)
+            self._workers.submit(deferred, step.fn)
 
-    async def _finish(self, deferred: Deferred) -> None:
-        """Drive an operation from its first step to its end, and answer its request."""
-        from unionfsd.fuse.driver import finish  # late, like trio
-
-        header = (0, 0, deferred.unique)
+    def _go_on(self) -> None:
+        """Take the operation that is due first to its next step, or to its end and answer its request."""
+        deferred, value, error = self._workers.take()
         try:
-            self._reply(deferred.unique, deferred.done(await finish(deferred.op, deferred.step)))
+            step = deferred.op.send(value) if error is None else deferred.op.throw(error)
+        except StopIteration as stop:
+            self._finish(deferred, stop.value)
         except OSError as exc:
-            self._fail(header, exc.errno or errno.EIO)
+            self._fail((0, 0, deferred.unique), exc.errno or errno.EIO)
+            self._over(deferred)
         except Exception:
             log.exception(_DEFECT)
-            self._fault(header)
-        finally:
-            self._deferred -= 1
-            if deferred.held is not None:
-                self._exchange.give_back(deferred.held)
+            self._fault((0, 0, deferred.unique))
+            self._over(deferred)
+        else:
+            self._perform(deferred, step)
+
+    def _finish(self, deferred: Deferred, result: Any) -> None:
+        try:
+            self._reply(deferred.unique, deferred.done(result))
+        except OSError as exc:
+            self._fail((0, 0, deferred.unique), exc.errno or errno.EIO)
+        except Exception:
+            log.exception(_DEFECT)
+            self._fault((0, 0, deferred.unique))
+        self._over(deferred)
+
+    def _over(self, deferred: Deferred) -> None:
+        self._deferred.discard(deferred)
+        if deferred.held is not None:
+            self._exchange.give_back(deferred.held)
+        if deferred.ended is not None:
+            deferred.ended.open()
+
+    async def quiesce(self) -> None:
+        """Wait until every operation that is deferred now has ended."""
+        from unionfsd.fuse.driver import opened  # late, like trio
+
+        for deferred in self._deferred:
+            deferred.ended = deferred.ended or Gate()
+        for gate in [deferred.ended for deferred in self._deferred]:
+            assert gate is not None
+            await opened(gate)
 
     # --- the connection itself ---------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from unionfsd.fuse.negotiate import MAX_WRITE
 from unionfsd.union import Caller
 
 if TYPE_CHECKING:
-    from unionfsd.steps import Op, Step
+    from unionfsd.steps import Gate, Op, Step
     from unionfsd.union import Attr, Found, Union
 
 T = TypeVar("T")
@@ -47,9 +47,12 @@ class Buffer:
 
 
 class Deferred:
-    """An operation that yielded: its request, the step to do next, what its result becomes, the buffer it keeps."""
+    """An operation that yielded: its request, the step to do first, what its result becomes, the buffer it keeps.
 
-    __slots__ = ("done", "held", "op", "step", "unique")
+    `ended` is for whoever waits for its end.
+    """
+
+    __slots__ = ("done", "ended", "held", "op", "step", "unique")
 
     def __init__(self, unique: int, op: Op[T], step: Step, done: Callable[[T], Payload], held: Buffer | None) -> None:
         self.unique = unique
@@ -57,6 +60,7 @@ class Deferred:
         self.step = step
         self.done = done
         self.held = held
+        self.ended: Gate | None = None
 
 
 class Exchange:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import select
+from collections.abc import Sized
 from time import perf_counter
 from typing import Final
 
@@ -21,21 +22,23 @@ WINDOW: Final = 50e-6
 """Seconds: about what going to sleep and being woken costs. Longer never wins back what it wastes."""
 _QUICK: Final = 2 * WINDOW
 """A request that comes so soon after the channel went to sleep would have been worth spinning for."""
-_SLEEP_MS: Final = 1
+SLEEP_MS: Final = 1
 """Milliseconds in poll(2), which wakes faster than an event loop does and burns nothing."""
 _MOST: Final = 16
 _MISS: Final = 4
 
 
 class Lingerer:
-    """Waits for `fd` to become readable, briefly."""
+    """Waits for one of `fds` to become readable, or for `ready` to have something, briefly."""
 
-    __slots__ = ("_credit", "_poll", "_spins")
+    __slots__ = ("_credit", "_poll", "_ready", "_spins")
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, *fds: int, ready: Sized = ()) -> None:
         poll = select.poll()
-        poll.register(fd, select.POLLIN)
+        for fd in fds:
+            poll.register(fd, select.POLLIN)
         self._poll = poll.poll
+        self._ready = ready
         self._credit = 0
         self._spins = len(os.sched_getaffinity(0)) > 1
 
@@ -43,9 +46,9 @@ class Lingerer:
         """Look for a request for as long as it is worth it. True: there is one."""
         if self._credit <= 0 or not self._spins:
             return False
-        poll = self._poll
+        poll, ready = self._poll, self._ready
         end = perf_counter() + WINDOW
-        while not poll(0):
+        while not poll(0) and not ready:
             if perf_counter() > end:
                 self._credit -= _MISS
                 return False
@@ -53,10 +56,10 @@ class Lingerer:
             self._credit += 1
         return True
 
-    def sleep(self) -> bool:
-        """Sleep until there is a request or a millisecond is over. True: there is one."""
+    def sleep(self, milliseconds: int = SLEEP_MS) -> bool:
+        """Sleep until a descriptor is readable or so much time is over. True: one is."""
         start = perf_counter()
-        if not self._poll(_SLEEP_MS):
+        if not self._poll(milliseconds):
             return False
         self.woken(perf_counter() - start)
         return True

@@ -6,6 +6,7 @@ A feature is asked for only when offered, so one list serves every kernel from 5
 - POSIX_LOCKS, FLOCK_LOCKS: the kernel's own locks are right, one kernel serves the mount.
 - EXPORT_SUPPORT: a nodeid means nothing once forgotten.
 - CREATE_SUPP_GROUP: the union gives objects the group of a setgid parent and is not bound by the caller's groups.
+- READDIRPLUS_AUTO: whether entries are looked up with a listing is decided in `dirs`.
 - SPLICE_*: the payload passes through Python's hands once, as a view.
 """
 
@@ -33,7 +34,6 @@ _ALWAYS: Final = (
     | InitFlag.DONT_MASK
     | InitFlag.HAS_IOCTL_DIR
     | InitFlag.DO_READDIRPLUS
-    | InitFlag.READDIRPLUS_AUTO
     | InitFlag.ASYNC_DIO
     | InitFlag.PARALLEL_DIROPS
     | InitFlag.POSIX_ACL
