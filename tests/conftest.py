@@ -15,7 +15,7 @@ from tests import harness
 from tests.harness import (
     MODES,
     REFERENCE,
-    WRITEBACK,
+    WRITETHROUGH,
     Daemon,
     DaemonFactory,
     FuseOverlayFS,
@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--mode",
         action="append",
-        choices=[str(mode) for mode in (*MODES, WRITEBACK, REFERENCE)],
+        choices=[str(mode) for mode in (*MODES, WRITETHROUGH, REFERENCE)],
         help="run the mount tests over this mode only; may be repeated (default: every mode but the reference)",
     )
 
@@ -52,7 +52,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         wanted = metafunc.config.getoption("mode")
         modes = [*MODES, *getattr(metafunc.module, "MORE_MODES", ())]
         if wanted:
-            modes = [mode for mode in (*MODES, WRITEBACK, REFERENCE) if str(mode) in wanted]
+            modes = [mode for mode in (*MODES, WRITETHROUGH, REFERENCE) if str(mode) in wanted]
         metafunc.parametrize("mode", modes, ids=str)
 
 

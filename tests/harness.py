@@ -44,14 +44,14 @@ class Mode(NamedTuple):
 
     transport: str
     io: str
-    writeback: str = ""
+    writing: str = ""
 
     def __str__(self) -> str:
         return "-".join(filter(None, self))
 
     @property
     def options(self) -> tuple[str, ...]:
-        more = ("writeback=on",) if self.writeback else ()
+        more = ("writeback=off",) if self.writing else ()
         return (f"transport={self.transport}", f"io={self.io}", *more)
 
 
@@ -59,7 +59,7 @@ class Mode(NamedTuple):
 MODES: Final = (Mode("pyfuse3", "cached"), Mode("channel", "cached"), Mode("channel", "passthrough"))
 
 #: Tests of data run over this one, too: those of modules that have it in `MORE_MODES`.
-WRITEBACK: Final = Mode("channel", "cached", "writeback")
+WRITETHROUGH: Final = Mode("channel", "cached", "writethrough")
 
 #: Not a mode of the daemon: `--mode overlayfs-kernel` holds what the tests expect against the kernel's overlayfs.
 REFERENCE: Final = Mode("overlayfs", "kernel")

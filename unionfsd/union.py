@@ -404,6 +404,11 @@ class Union:
         """What the upper can do; None when nothing can be written."""
         return None if self._work is None else self._work.abilities
 
+    def place(self, nodeid: int) -> tuple[int, bytes] | None:
+        """nodeid of its parent, and its name there; None for what has no name. ESTALE."""
+        node = self._table.get(nodeid)
+        return None if node.unlinked or node.parent is None else (node.parent.nodeid, node.name)
+
     @property
     def memory(self) -> Memory:
         """What is remembered of the layers, for who knows that it is wrong or no longer wanted."""

@@ -93,9 +93,25 @@ def test_writing_asks_for_no_extended_attribute(traced: Daemon) -> None:
     with (traced / "log").open("wb", buffering=0) as log:
         for _ in range(50):
             log.write(b"a line\n")
+            os.fdatasync(log.fileno())
     seen = messages(traced)
     assert seen["WRITE"] == 50
     assert seen["GETXATTR"] <= 1
+
+
+def test_small_writes_are_gathered_and_there_when_the_file_is_closed(traced: Daemon) -> None:
+    with (traced / "log").open("wb", buffering=0) as log:
+        for _ in range(50):
+            log.write(b"a line\n")
+    assert messages(traced)["WRITE"] == 1
+    assert (traced.layers.upper / "log").read_bytes() == b"a line\n" * 50
+
+
+def test_what_is_still_kept_by_the_kernel_is_no_hole(traced: Daemon) -> None:
+    with (traced / "new").open("wb", buffering=0) as new:
+        new.write(b"data")
+        assert os.lseek(new.fileno(), 0, os.SEEK_DATA) == 0
+        assert os.lseek(new.fileno(), 0, os.SEEK_HOLE) == 4
 
 
 def test_readahead_is_wide(traced: Daemon) -> None:

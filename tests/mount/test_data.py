@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import WRITEBACK, Layers, MountFactory, in_child, run
+from tests.harness import WRITETHROUGH, Layers, MountFactory, in_child, run
 from tests.trees import errno_of
 
-MORE_MODES = (WRITEBACK,)
+MORE_MODES = (WRITETHROUGH,)
 
 WHERE = ("lower", "upper")
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import WRITEBACK, Layers, MountFactory, in_child, run
+from tests.harness import WRITETHROUGH, Layers, MountFactory, in_child, run
 
-MORE_MODES = (WRITEBACK,)
+MORE_MODES = (WRITETHROUGH,)
 
 #: Around a page, around a request of 128 KiB, and past the largest request of 1 MiB.
 SIZES = (0, 1, 4095, 4096, 4097, 131_071, 131_073, 1_048_576 + 17)

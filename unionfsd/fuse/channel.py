@@ -30,7 +30,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 from unionfsd.errors import UserError
-from unionfsd.fuse import negotiate, readahead, wire
+from unionfsd.fuse import negotiate, notify, readahead, wire
 from unionfsd.fuse.abi import FUSE_KERNEL_VERSION, InitFlag, Opcode
 from unionfsd.fuse.dirs import Dirs
 from unionfsd.fuse.exchange import Deferred, Exchange, Handler, Payload
@@ -97,9 +97,10 @@ class Channel:
         self._mountpoint = config.mountpoint
         self._wanted = _wanted(config)
         self._explicit = "io" in config.explicit
+        self._insisted = config.writeback == "on"
         self._exchange = Exchange(union, valid, self._defer)
         self._names = Names(self._exchange)
-        self._files = Files(self._exchange)
+        self._files = Files(self._exchange, self._drop)
         self._dirs = Dirs(self._exchange)
         self._handlers: list[Handler] = [self._unknown] * wire.OPCODES
         self._fill(self._names.table() | self._files.table() | self._dirs.table())
@@ -109,6 +110,7 @@ class Channel:
         self._checkpoint: Callable[[], Awaitable[None]]
         self._workers = Workers()
         self._deferred: set[Deferred] = set()
+        self._dropping: set[int] = set()
         self._alone = Lingerer(fuse_fd)
         self._beside = Lingerer(fuse_fd, self._workers.fd, ready=self._workers.ready)
         self._turn = 0.0
@@ -156,11 +158,10 @@ class Channel:
         """Serve until the mount is gone and every deferred operation has ended."""
         import trio
 
-        from unionfsd.fuse.notify import Notifier
         from unionfsd.fuse.pressure import Pressure
 
         os.set_blocking(self._fd, False)
-        self._pressure = Pressure(self._exchange.union, Notifier(self._fd))
+        self._pressure = Pressure(self._exchange.union, notify.Notifier(self._fd))
         self._readable, self._checkpoint = trio.lowlevel.wait_readable, trio.lowlevel.checkpoint
         failure: Exception | None = None
         async with trio.open_nursery() as nursery:
@@ -339,19 +340,24 @@ class Channel:
     def _go_on(self) -> None:
         """Take the operation that is due first to its next step, or to its end and answer its request."""
         deferred, value, error = self._workers.take()
+        header = (0, 0, deferred.unique)
         try:
             step = deferred.op.send(value) if error is None else deferred.op.throw(error)
         except StopIteration as stop:
             self._finish(deferred, stop.value)
         except OSError as exc:
-            self._fail((0, 0, deferred.unique), exc.errno or errno.EIO)
+            self._fail(header, exc.errno or errno.EIO)
             self._over(deferred)
         except Exception:
             log.exception(_DEFECT)
-            self._fault((0, 0, deferred.unique))
+            self._fault(header)
             self._over(deferred)
         else:
             self._perform(deferred, step)
+        finally:
+            # An error holds this frame. If the frame held it, too, the descriptors in its frames would stay open until
+            # the next collection of garbage, and the space of a deleted file taken.
+            del error
 
     def _finish(self, deferred: Deferred, result: Any) -> None:
         try:
@@ -369,6 +375,21 @@ class Channel:
             self._exchange.give_back(deferred.held)
         if deferred.ended is not None:
             deferred.ended.open()
+
+    def _drop(self, nodeid: int) -> None:
+        """Take from the kernel what it keeps of a file, because what it handed over of it could not be written."""
+        if nodeid not in self._dropping:
+            self._dropping.add(nodeid)
+            place = self._exchange.union.place(nodeid)
+            self._workers.call(partial(self._drop_now, nodeid, place))
+
+    def _drop_now(self, nodeid: int, place: tuple[int, bytes] | None) -> None:
+        try:
+            notify.drop(self._fd, nodeid, place)
+        except OSError as exc:
+            log.warning("a failed write may still be seen until its file is no longer cached: %s", exc)
+        finally:
+            self._dropping.discard(nodeid)
 
     async def quiesce(self) -> None:
         """Wait until every operation that is deferred now has ended."""
@@ -403,7 +424,9 @@ class Channel:
             )
         elif self._wanted.passthrough and self._explicit:
             log.warning("io=passthrough is not possible: the kernel does not offer it (Linux 6.9)")
-        if self._wanted.writeback and InitFlag.WRITEBACK_CACHE not in session.flags:
+        if InitFlag.WRITEBACK_CACHE in session.flags:
+            self._files.flush = partial(notify.drop, self._fd, place=None)
+        if self._insisted and InitFlag.WRITEBACK_CACHE not in session.flags:
             log.warning("writeback=on ignored: it cannot be had together with io=passthrough")
         if InitFlag.NO_OPENDIR_SUPPORT in session.flags:
             self._dirs.handles = False
@@ -441,8 +464,9 @@ def _silent(nodeid: int, end: int) -> None:
 
 def _wanted(config: MountConfig) -> negotiate.Wanted:
     """What this mount asks of the kernel. A timeout somebody set means that something else changes the layers."""
+    sole_writer = "timeout" not in config.explicit
     return negotiate.Wanted(
-        writeback=config.writeback == "on",
-        sole_writer="timeout" not in config.explicit,
+        writeback=config.writeback == "on" or (config.writeback == "auto" and sole_writer and not config.read_only),
+        sole_writer=sole_writer,
         passthrough=config.io == "passthrough",
     )

@@ -78,6 +78,8 @@ async def _to_end(op: Op[T], step: Step) -> T:
         except StopIteration as stop:
             result: T = stop.value
             return result
+        finally:
+            del resume  # holds the error of the step, which holds this frame: a cycle that keeps descriptors open
 
 
 async def _perform(op: Op[Any], step: Step) -> Callable[[], Step]:

@@ -9,12 +9,15 @@ opens, and sends no RELEASE.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from unionfsd.fuse import abi, wire
 from unionfsd.fuse.abi import Opcode
 from unionfsd.fuse.exchange import Exchange, Handler, Payload, nothing
 from unionfsd.fuse.names import killed
+from unionfsd.steps import Blocking
 from unionfsd.union import SetAttr
 
 if TYPE_CHECKING:
@@ -32,13 +35,17 @@ _ARGUMENT: Final = wire.BODY + wire.IOCTL_IN.size
 class Files:
     """The handlers of opening, reading and writing."""
 
-    def __init__(self, exchange: Exchange) -> None:
+    def __init__(self, exchange: Exchange, drop: Callable[[int], None]) -> None:
+        """`drop` is told of nodes whose data the kernel keeps, and could not hand over."""
         self._exchange = exchange
+        self._drop = drop
         self._union = exchange.union
         self.handles = True
         """Whether OPEN is answered; False once the kernel was told that it need not send it."""
         self.passthrough: Passthrough | None = None
         """Set where the kernel may be given files."""
+        self.flush: Callable[[int], None] | None = None
+        """Set where the kernel keeps what was written: in a thread, has it hand over what it keeps of a node."""
 
     def table(self) -> dict[Opcode, Handler]:
         """The handlers by opcode."""
@@ -130,7 +137,17 @@ class Files:
         op = self._union.write(nodeid, inbox.view[_DATA:end], offset)
         if flags & abi.FUSE_WRITE_KILL_SUIDGID:
             op = self._unprivileged(op, nodeid)
+        if flags & abi.FUSE_WRITE_CACHE:
+            op = self._from_cache(op, nodeid)
         return exchange.start(op, wire.WRITE_OUT.pack, inbox)
+
+    def _from_cache(self, op: Op[int], nodeid: int) -> Op[int]:
+        """`op` writes what readers see already: if it fails, they must not go on seeing it."""
+        try:
+            return (yield from op)
+        except OSError:
+            self._drop(nodeid)
+            raise
 
     def _unprivileged(self, op: Op[T], nodeid: int) -> Op[T]:
         """`op` changes the data of a file for somebody without CAP_FSETID: suid and sgid go first."""
@@ -150,7 +167,10 @@ class Files:
     def _lseek(self, nodeid: int, end: int) -> Payload | None:
         exchange = self._exchange
         _, offset, whence = wire.LSEEK_IN.unpack_from(exchange.buf, _BODY)
-        return exchange.start(self._union.lseek(nodeid, offset, whence), wire.LSEEK_OUT.pack)
+        op = self._union.lseek(nodeid, offset, whence)
+        if self.flush is not None:
+            op = _flushed(op, partial(self.flush, nodeid))
+        return exchange.start(op, wire.LSEEK_OUT.pack)
 
     def _copy_file_range(self, nodeid: int, end: int) -> Payload | None:
         return self._exchange.start(self._copy(nodeid), wire.WRITE_OUT.pack)
@@ -181,6 +201,12 @@ def _ioctl_out(answer: bytes) -> bytes:
 
 _COPY_MAX: Final = 0x7FFFF000
 """Bytes that one copy_file_range moves at most (MAX_RW_COUNT): the reply of 7.28 has 32 bits for it."""
+
+
+def _flushed(op: Op[int], flush: Callable[[], None]) -> Op[int]:
+    """`op` needs to see all data. The kernel asks it without handing over what it keeps: cp(1) would copy holes."""
+    yield Blocking(flush)
+    return (yield from op)
 
 
 def _kill_first(op: Op[T], union: Union, nodeid: int, caller: Caller) -> Op[T]:

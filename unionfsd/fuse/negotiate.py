@@ -25,8 +25,8 @@ MAX_WRITE: Final = 1 << 20
 _PAGE: Final = 4096
 _MAX_PAGES: Final = MAX_WRITE // _PAGE
 """The ceiling of fs.fuse.max_pages_limit as shipped; the kernel takes the smaller."""
-_MAX_BACKGROUND: Final = 64
-_CONGESTION: Final = 48
+_MAX_BACKGROUND: Final = 12
+_CONGESTION: Final = 9
 
 _ALWAYS: Final = (
     InitFlag.ASYNC_READ

@@ -13,8 +13,6 @@ import os
 from functools import partial
 from typing import Final
 
-import trio
-
 from unionfsd.fuse import abi, wire
 
 _UNKNOWN: Final = (FileNotFoundError, NotADirectoryError)
@@ -54,8 +52,27 @@ class Notifier:
         return await self._send(abi.FUSE_NOTIFY_INC_EPOCH, b"")
 
     async def _send(self, code: int, body: bytes) -> bool:
-        try:
-            await trio.to_thread.run_sync(partial(os.write, self._fd, wire.notification(code, body)))
-        except _UNKNOWN:
-            return False
-        return True
+        import trio  # late: the channel begins before it is imported
+
+        return await trio.to_thread.run_sync(partial(_write, self._fd, code, body))
+
+
+def drop(fuse_fd: int, nodeid: int, place: tuple[int, bytes] | None) -> None:
+    """In a thread: have the kernel forget the data of `nodeid`, and its name at `place` (parent nodeid, name).
+
+    What was not handed over yet is before.
+
+    Without the name the inode goes as soon as nobody has it open, and with it the size and the times that a kernel with
+    a writeback cache believes from nobody else.
+    """
+    _write(fuse_fd, abi.FUSE_NOTIFY_INVAL_INODE, wire.INVAL_INODE_OUT.pack(nodeid, 0, 0))
+    if place is not None:
+        _write(fuse_fd, abi.FUSE_NOTIFY_INVAL_ENTRY, wire.inval_entry(*place))
+
+
+def _write(fuse_fd: int, code: int, body: bytes) -> bool:
+    try:
+        os.write(fuse_fd, wire.notification(code, body))
+    except _UNKNOWN:
+        return False
+    return True

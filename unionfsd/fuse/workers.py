@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import queue
 import threading
@@ -22,6 +23,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 if TYPE_CHECKING:
     from unionfsd.fuse.exchange import Deferred
+
+log = logging.getLogger(__name__)
 
 THREADS: Final = 16
 """Blocking steps at work at once, for one mount; the others queue."""
@@ -42,7 +45,7 @@ class Workers:
         self.ready: deque[Due] = deque()
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.sleeping = False
-        self._calls: queue.SimpleQueue[tuple[Deferred, Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[tuple[Deferred | None, Callable[[], Any]] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._at_work = 0
 
@@ -57,6 +60,16 @@ class Workers:
                     self.ready.append(Due(deferred, None, OSError(errno.EAGAIN, f"no thread: {exc}")))
                     return
         self._calls.put((deferred, fn))
+
+    def call(self, fn: Callable[[], Any]) -> None:
+        """Have a thread call `fn`, which raises nothing and which nobody waits for."""
+        if not self._threads:
+            try:
+                self._start()
+            except RuntimeError as exc:
+                log.warning("no thread: %s", exc)
+                return
+        self._calls.put((None, fn))
 
     def due(self, deferred: Deferred) -> None:
         """`deferred` waits no longer. From the channel's thread, in the midst of another operation perhaps."""
@@ -90,15 +103,21 @@ class Workers:
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
             deferred, fn = call
-            try:
-                due = Due(deferred, fn(), None)
-            except BaseException as error:
-                due = Due(deferred, None, error)
-            self._back(due)
-            del call, deferred, fn, due  # not kept alive until the next call
+            if deferred is None:
+                fn()
+            else:
+                self._back(_done(deferred, fn))
+            del call, deferred, fn  # not kept alive until the next call
 
     def _back(self, due: Due) -> None:
         self.ready.append(due)
         if self.sleeping:
             self.sleeping = False
             os.eventfd_write(self.fd, 1)
+
+
+def _done(deferred: Deferred, fn: Callable[[], Any]) -> Due:
+    try:
+        return Due(deferred, fn(), None)
+    except BaseException as error:
+        return Due(deferred, None, error)

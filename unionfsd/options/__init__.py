@@ -60,7 +60,7 @@ class MountConfig:
     """SELinux options (``context="..."``) as given, for a kernel that has SELinux."""
     transport: Transport = "auto"
     io: Io = "auto"
-    writeback: Switch = "off"
+    writeback: Literal["auto", "on", "off"] = "auto"
     debug: bool = False
     log: bytes | None = None
     control: Literal["auto", "off"] | bytes = "auto"

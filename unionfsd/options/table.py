@@ -282,12 +282,13 @@ GROUPS: Final[tuple[tuple[str, tuple[Option, ...]], ...]] = (
             ),
             Option(
                 "writeback",
-                Value("writeback", one_of("on", "off")),
-                "Whether the kernel gathers what is written and hands it over later. Small writes cost less, files "
-                "made and closed at once more; a first write to a lower file that finds no space fails at fsync or "
-                "close. Not with `io=passthrough`, nor over pyfuse3.",
-                "on|off",
-                "off",
+                Value("writeback", one_of("auto", "on", "off")),
+                "Whether the kernel gathers what is written and hands it over later, at close, at fsync or after some "
+                "seconds: many small writes are then one. A write that finds no space fails there, and not in the "
+                "write. `auto` is on, unless `timeout` says that the layers change underneath. Not with "
+                "`io=passthrough`, nor over pyfuse3.",
+                "auto|on|off",
+                "auto",
             ),
             Option("debug", Word("debug", True), "Stay in the foreground and log everything, like `-d`."),
             Option(
