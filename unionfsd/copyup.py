@@ -8,6 +8,9 @@ Rules this file obeys:
 - Everything comes along or the copy-up fails: data with its holes, owner, mode, times, xattrs, ACLs, capabilities.
   What the upper cannot keep and nobody's security depends on is left out, and counted.
 - Data is on disk before its name is, unless the mount is volatile.
+- With metacopy, what is done to a file but to its data copies up no data, but a file with a hole and a mark. The data
+  follows when it is needed: a file with one name is replaced by a whole one in one call, one with several is filled and
+  then loses the mark.
 - One copy-up of a node at a time: others wait at its gate.
 """
 
@@ -22,14 +25,14 @@ from functools import partial
 from typing import Final
 
 from . import format as fmt
-from . import syscalls
+from . import syscalls, verity
 from .fdcache import FdCache
-from .inodes import UPPER, DirNode, Entry, Node
-from .layers import LowerDir, xattr_names
+from .inodes import UPPER, DirNode, Entry, Node, OpenState, Source
+from .layers import LowerDir, optional_xattr, read_data_marks, xattr_names
 from .lookup import Resolver
 from .metrics import Counters
 from .steps import Blocking, Gate, Op
-from .syscalls import UTIME_NOW, Fd
+from .syscalls import UTIME_NOW, UTIME_OMIT, Fd
 from .workdir import Staged, Workdir
 
 log = logging.getLogger(__name__)
@@ -44,7 +47,10 @@ _NO_CLONE: Final = _NO_COPY_RANGE | {errno.ENOTTY, errno.EISDIR, errno.EBADF}
 class CopyUp:
     """Copies nodes up for one mount."""
 
-    def __init__(self, resolver: Resolver, work: Workdir, fds: FdCache, counters: Counters) -> None:
+    def __init__(
+        self, resolver: Resolver, work: Workdir, fds: FdCache, counters: Counters, *, metacopy: bool = False
+    ) -> None:
+        self._metacopy = metacopy and work.abilities.can_redirect
         self._resolver = resolver
         self._work = work
         self._fds = fds
@@ -62,8 +68,11 @@ class CopyUp:
             self._one_directory(step)
         return self._resolver.upper_dir(node)
 
-    def node(self, node: Node, size: int | None = None) -> Op[None]:
-        """See that `node` is in the upper. With `size`, of a regular file only so many bytes, as if truncated now."""
+    def node(self, node: Node, size: int | None = None, *, data: bool = True) -> Op[None]:
+        """See that `node` is in the upper. With `size`, of a regular file only so many bytes, as if truncated now.
+
+        Without `data`, that may be left where it is.
+        """
         while not node.entry.upper:
             gate = None if node.open is None else node.open.gate
             if gate is not None:
@@ -71,7 +80,16 @@ class CopyUp:
             elif isinstance(node, DirNode):
                 self.directory(node)
             else:
-                yield from self._leaf(node, size)
+                yield from self._leaf(node, size, data=data)
+
+    def data(self, node: Node, size: int | None = None) -> Op[None]:
+        """See that `node`, a file of the upper, has its data itself. With `size`, as `node` has it, if that can be."""
+        while node.entry.data is not None:
+            gate = None if node.open is None else node.open.gate
+            if gate is not None:
+                yield gate
+            else:
+                yield from self._data(node, node.entry.data, size)
 
     def _one_directory(self, node: DirNode) -> None:
         lower = node.entry.lowers[0]
@@ -87,14 +105,49 @@ class CopyUp:
             raise
         self._fds.admit(node.handle, staged.fd)
 
-    def _leaf(self, node: Node, size: int | None) -> Op[None]:
+    def _leaf(self, node: Node, size: int | None, *, data: bool) -> Op[None]:
         lower = node.entry.lowers[0]
         with syscalls.open_object(lower.open(self._fds), node.name) as source:
             metadata = read_metadata(source.fd)
             if not stat.S_ISREG(metadata.st.st_mode):
                 self._special(node, lower, source, metadata)
                 return
+            if not data and self._metadata_only(node, lower, source, metadata):
+                return
         yield from self._regular(node, lower, metadata, size)
+
+    def _metadata_only(self, node: Node, lower: LowerDir, object_: Fd, metadata: Metadata) -> bool:
+        """Copy a regular file up without its data, if that may be: the data will be where it is now."""
+        if not self._metacopy:
+            return False
+        digest = self._recorded_digest(lower, object_, node.name)
+        if digest is None and self._resolver.verity == "require":
+            return False
+        source = self._resolver.locate(node, object_.fd) or Source(lower, node.name, None)
+        staged = self._work.stage_file(0o600)
+        try:
+            self._record_origin(staged.fd.fd, lower, lower.open(self._fds), node.name)
+            self._work.mark(staged.fd.fd, fmt.METACOPY, fmt.encode_metacopy(digest))
+            syscalls.truncate(staged.fd.fd, metadata.st.st_size)
+            apply_metadata(staged.fd.fd, metadata)
+            self._finish(node, staged)
+        except BaseException:
+            staged.abandon()
+            raise
+        node.entry = UPPER.with_data(source)
+        self._counters.copy_ups += 1
+        return True
+
+    def _recorded_digest(self, lower: LowerDir, object_: Fd, name: bytes) -> fmt.Digest | None:
+        """What is known of the data of a lower file that another digest of it could be compared with."""
+        if self._resolver.verity == "off":
+            return None
+        marks = read_data_marks(object_.fd)
+        if marks is not None:
+            return marks.digest
+        with lower.layer.open_data(lower.open(self._fds), name) as fd:
+            measured = syscalls.measure_verity(fd.fd)
+        return None if measured is None else fmt.Digest(*measured)
 
     def _special(self, node: Node, lower: LowerDir, source: Fd, metadata: Metadata) -> None:
         mode, rdev = metadata.st.st_mode, metadata.st.st_rdev
@@ -115,10 +168,13 @@ class CopyUp:
         gate = state.gate = Gate()
         try:
             source = lower.layer.open_data(lower.open(self._fds), node.name)
+            elsewhere = self._resolver.locate(node, source.fd)
+            if elsewhere is not None:
+                source = elsewhere.open(self._fds)
             staged = self._work.stage_file(0o600)
             try:
                 self._record_origin(staged.fd.fd, lower, lower.open(self._fds), node.name)
-                fill = partial(_fill, staged.fd, source, metadata, size, sync=not self._work.volatile)
+                fill = partial(_fill, staged.fd, source, elsewhere, metadata, size, sync=not self._work.volatile)
                 yield from self._run(fill, metadata.st.st_size)
                 # The gate kept the node a lower one; names and parents are looked at only from here on.
                 self._finish(node, staged)
@@ -131,6 +187,72 @@ class CopyUp:
         finally:
             state.gate = None
             gate.open()
+
+    def _data(self, node: Node, source: Source, size: int | None) -> Op[None]:
+        state = node.state()
+        gate = state.gate = Gate()
+        try:
+            if self._is_alone(node):
+                yield from self._replace(node, state, source, size)
+            else:
+                yield from self._fill_in_place(node, state, source)
+        finally:
+            state.gate = None
+            gate.open()
+
+    def _is_alone(self, node: Node) -> bool:
+        """Whether another object may take the place of an upper file: it has one name, and nobody may know others."""
+        return not node.unlinked and node.links is None and self._resolver.stat(node).st_nlink == 1
+
+    def _replace(self, node: Node, state: OpenState, source: Source, size: int | None) -> Op[None]:
+        """Stage a whole file and publish it in place of the one without data."""
+        staged = self._work.stage_file(0o600)
+        try:
+            length = self._resolver.stat(node).st_size if size is None else size
+            fill = partial(_fill_data, staged.fd, source.open(self._fds), source, length, sync=not self._work.volatile)
+            yield from self._run(fill, length)
+            # Meanwhile its attributes may have changed, and its names.
+            if not self._is_alone(node):
+                staged.abandon()
+                return
+            with self._resolver.open_object(node) as old:
+                self._keep_origin(staged.fd.fd, old.fd)
+                apply_metadata(staged.fd.fd, read_metadata(old.fd))
+            if size is not None:
+                syscalls.utimens(staged.fd.fd, UTIME_OMIT, UTIME_NOW)
+            assert node.parent is not None
+            dirfd = self._resolver.upper_dir(node.parent)
+            before = os.fstat(dirfd)
+            staged.publish_over(dirfd, node.name)
+            node.entry = UPPER
+            self._restore_times(dirfd, before)
+        except BaseException:
+            staged.abandon()
+            raise
+        self._fds.admit(state, staged.fd)
+        state.writable = True
+
+    def _keep_origin(self, target: int, source: int) -> None:
+        for name in fmt.ORIGIN_NAMES:
+            value = optional_xattr(source, name)
+            if value is not None:
+                syscalls.setxattr(target, name, value)
+
+    def _fill_in_place(self, node: Node, state: OpenState, source: Source) -> Op[None]:
+        """Give a file that has several names, or none, its data, and then take the mark away: that publishes it."""
+        with self._resolver.open_object(node) as found:
+            target = syscalls.reopen(found.fd, os.O_RDWR)
+        before = read_metadata(target.fd)
+        length, sync = before.st.st_size, not self._work.volatile
+        yield from self._run(partial(_fill_data, target, source.open(self._fds), source, length, sync=sync), length)
+        _restore_privileges(target.fd, before)
+        syscalls.utimens(target.fd, before.st.st_atime_ns, before.st.st_mtime_ns)
+        for name in xattr_names(target.fd):
+            if name in fmt.METACOPY_NAMES:
+                syscalls.removexattr(target.fd, name)
+        node.entry = UPPER
+        self._fds.admit(state, target)
+        state.writable = True
 
     def _run(self, fill: Callable[[], int], size: int) -> Op[None]:
         if self._work.volatile and size <= _INLINE:
@@ -233,16 +355,45 @@ def _copy_xattr(fd: int, name: bytes, value: bytes) -> None:
         log.debug("copy-up: the upper keeps no xattr %s", os.fsdecode(name))
 
 
-def _fill(target: Fd, source: Fd, metadata: Metadata, size: int | None, *, sync: bool) -> int:
-    """Give `target` the data and the metadata of `source`; returns the bytes copied. Runs in a thread."""
+def _fill(target: Fd, source: Fd, elsewhere: Source | None, metadata: Metadata, size: int | None, *, sync: bool) -> int:
+    """Give `target` the data of `source` and `metadata`; returns the bytes copied. Runs in a thread.
+
+    `elsewhere`: where `source` is, if that is not the object that `metadata` is of.
+    """
     length = metadata.st.st_size if size is None else min(size, metadata.st.st_size)
-    copied = copy_data(source.fd, target.fd, length, metadata.st)
+    if elsewhere is None:
+        copied = copy_data(source.fd, target.fd, length, metadata.st)
+    else:
+        copied = _fill_data(target, source, elsewhere, length, sync=False)
     apply_metadata(target.fd, metadata)
     if size is not None:
         syscalls.utimens(target.fd, metadata.st.st_atime_ns, UTIME_NOW)
     if sync:
         syscalls.fsync(target.fd)
     return copied
+
+
+def _fill_data(target: Fd, source: Fd, where: Source, length: int, *, sync: bool) -> int:
+    """Give `target` the first `length` bytes of `source`, checked if they must be; returns the bytes copied."""
+    if where.digest is not None and length:
+        verity.check(source, where.digest, where.path)
+    st = os.fstat(source.fd)
+    copied = copy_data(source.fd, target.fd, min(length, st.st_size), st)
+    if length != st.st_size:
+        syscalls.truncate(target.fd, length)
+    if sync:
+        syscalls.fsync(target.fd)
+    return copied
+
+
+def _restore_privileges(fd: int, before: Metadata) -> None:
+    """Give a file back what writing to it took away."""
+    capability = before.xattrs.get(fmt.CAPABILITY)
+    if capability is not None:
+        syscalls.setxattr(fd, fmt.CAPABILITY, capability)
+    lost = stat.S_IMODE(before.st.st_mode) & ~os.fstat(fd).st_mode & (stat.S_ISUID | stat.S_ISGID)
+    if lost:
+        syscalls.chmod(fd, stat.S_IMODE(before.st.st_mode))
 
 
 def copy_data(source: int, target: int, length: int, st: os.stat_result) -> int:

@@ -30,6 +30,7 @@ WHITEOUT: Final = b"whiteout"
 ORIGIN: Final = b"origin"
 IMPURE: Final = b"impure"
 REDIRECT: Final = b"redirect"
+METACOPY: Final = b"metacopy"
 
 OPAQUE_YES: Final = b"y"
 #: The directory is not opaque but may hold xattr whiteouts (Linux 6.7).
@@ -39,7 +40,7 @@ OPAQUE_XWHITEOUTS: Final = b"x"
 OPAQUE_NAMES: Final = (TRUSTED + OPAQUE, USER + OPAQUE, b"user.fuseoverlayfs.opaque")
 WHITEOUT_NAMES: Final = (TRUSTED + WHITEOUT, USER + WHITEOUT)
 ORIGIN_NAMES: Final = (TRUSTED + ORIGIN, USER + ORIGIN)
-METACOPY_NAMES: Final = (TRUSTED + b"metacopy", USER + b"metacopy")
+METACOPY_NAMES: Final = (TRUSTED + METACOPY, USER + METACOPY)
 IMPURE_NAMES: Final = (TRUSTED + IMPURE, USER + IMPURE)
 REDIRECT_NAMES: Final = (TRUSTED + REDIRECT, USER + REDIRECT)
 
@@ -122,6 +123,35 @@ def decode_redirect(value: bytes) -> Redirect:
     if any(not name or b"/" in name or b"\0" in name or name in (b".", b"..") for name in names):
         raise OSError(errno.EINVAL, "invalid redirect in a layer", os.fsdecode(value))
     return Redirect(absolute, names)
+
+
+class Digest(NamedTuple):
+    """An fs-verity digest: `algorithm` is an FS_VERITY_HASH_ALG_*, 1 for SHA-256 and 2 for SHA-512."""
+
+    algorithm: int
+    value: bytes
+
+
+_METACOPY_HEAD: Final = struct.Struct("BBBB")
+
+
+def encode_metacopy(digest: Digest | None) -> bytes:
+    """The value of the metacopy xattr (struct ovl_metacopy); empty, as old kernels have it, without a digest."""
+    if digest is None:
+        return b""
+    return _METACOPY_HEAD.pack(0, _METACOPY_HEAD.size + len(digest.value), 0, digest.algorithm) + digest.value
+
+
+def decode_metacopy(value: bytes) -> Digest | None:
+    """The digest in a metacopy xattr, None for none; EIO for a value that is invalid (ovl_check_metacopy_xattr)."""
+    if not value:
+        return None
+    if len(value) < _METACOPY_HEAD.size:
+        raise OSError(errno.EIO, "invalid metacopy xattr in a layer")
+    version, size, flags, algorithm = _METACOPY_HEAD.unpack_from(value)
+    if version or flags or size != len(value) or bool(algorithm) != (size > _METACOPY_HEAD.size):
+        raise OSError(errno.EIO, "invalid metacopy xattr in a layer")
+    return Digest(algorithm, value[_METACOPY_HEAD.size :]) if algorithm else None
 
 
 def is_internal(name: bytes) -> bool:

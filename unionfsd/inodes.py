@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
 from .fdcache import FdCache, Holder
-from .format import Redirect
+from .format import Digest, Redirect
 from .layers import LowerDir
 from .listing import Listing, LowerNames
 from .steps import Gate
@@ -26,20 +26,49 @@ from .syscalls import Fd
 ROOT_ID: Final = 1
 
 
+class Source(NamedTuple):
+    """Where data of a file is that has none of its own: `name` in `lower`; `digest` is one still to be checked."""
+
+    lower: LowerDir
+    name: bytes
+    digest: Digest | None
+
+    def open(self, fds: FdCache) -> Fd:
+        """A new O_RDONLY descriptor."""
+        return self.lower.layer.open_data(self.lower.open(fds), self.name)
+
+    @property
+    def path(self) -> str:
+        """Its path, for people."""
+        return os.fsdecode(b"/".join((self.lower.layer.path, *self.lower.components(), self.name)))
+
+
 class Entry:
     """What an object is made of; a value.
 
     `upper`: it is in the upper, under the very path it has in the union. `lowers`: for a directory, the lower
     directories merged into it, top first; for anything else, the one lower directory that holds it when it is not in
     the upper, else nothing. `redirect`: what the upper directory is called in the lowers, None for its own name.
+    `data`: where the data of a file is that has none of its own (metacopy); None also as long as nobody asked.
     """
 
-    __slots__ = ("lowers", "redirect", "upper")
+    __slots__ = ("data", "lowers", "redirect", "upper")
 
-    def __init__(self, upper: bool, lowers: tuple[LowerDir, ...], redirect: Redirect | None = None) -> None:
+    def __init__(
+        self,
+        upper: bool,
+        lowers: tuple[LowerDir, ...],
+        redirect: Redirect | None = None,
+        data: Source | None = None,
+    ) -> None:
         self.upper = upper
         self.lowers = lowers
         self.redirect = redirect
+        self.data = data
+
+    def with_data(self, data: Source | None) -> Entry:
+        """The same with its data elsewhere."""
+        return Entry(self.upper, self.lowers, self.redirect, data)
 
     def __repr__(self) -> str:
         return f"Entry(upper={self.upper}, lowers={self.lowers}, redirect={self.redirect})"

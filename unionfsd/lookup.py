@@ -7,6 +7,8 @@ The rules (Documentation/filesystems/overlayfs.rst, fs/overlayfs/namei.c):
 - Directories merge down to the first that is opaque, and end at the first object that is not a directory.
 - A redirect of a directory says what it is called in the layers below: another name in the same directory, or a path
   from the root of those layers. Names on that path are looked up by these same rules.
+- A file with the mark metacopy has its data in the next layer below that has it, under the same name or that of its
+  redirect; from the root, also in a data-only layer.
 - A directory of the upper has in the union the very path it has in the upper; a lower directory is a chain of names of
   its own, whatever the union calls it.
 
@@ -17,6 +19,7 @@ directories are read at the first question, large ones when questions repeat.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import stat
 from collections.abc import Iterator
@@ -25,10 +28,13 @@ from typing import Final, NamedTuple
 from . import format as fmt
 from . import syscalls
 from .fdcache import FdCache
-from .inodes import UPPER, DirNode, Entry, Node
-from .layers import LayerStack, LowerDir, exists, optional_xattr, read_marks
+from .inodes import UPPER, DirNode, Entry, Node, Source
+from .layers import DataMarks, LayerStack, LowerDir, exists, optional_xattr, read_data_marks, read_marks
 from .listing import DT_DIR, Listing, LowerNames, UpperNames, merge, read_lowers, read_upper
+from .options import Verity
 from .workdir import is_whiteout
+
+log = logging.getLogger(__name__)
 
 #: Lower directories of at most this size in all (st_size, bytes) are read at the first lookup in them.
 _READ_AT_ONCE: Final = 64 * 1024
@@ -56,8 +62,15 @@ class Spot(NamedTuple):
 class Resolver:
     """Answers for one `LayerStack`; `fds` counts the directory descriptors it opens."""
 
-    def __init__(self, stack: LayerStack, fds: FdCache, *, follow_redirects: bool) -> None:
+    def __init__(
+        self, stack: LayerStack, fds: FdCache, *, follow_redirects: bool, metacopy: bool = False, verity: Verity = "off"
+    ) -> None:
+        """`metacopy`: data of files is looked for in lowers, too. `verity`: what is done about its digest."""
         self.follow_redirects = follow_redirects
+        self.metacopy = metacopy
+        self.verity = verity
+        #: Whether files may have their data elsewhere.
+        self.follows_data = metacopy or bool(stack.data)
         self.stack = stack
         self.fds = fds
         self.name_max = os.fstatvfs(stack.top.root.fd).f_namemax
@@ -127,6 +140,81 @@ class Resolver:
         dirfd, name = self.spot(node)
         return syscalls.open_object(dirfd, name) if name else syscalls.reopen(dirfd, os.O_PATH)
 
+    # Where data is.
+
+    def locate(self, node: Node, fd: int) -> Source | None:
+        """Where the data of a file is whose object is `fd`, None when it is there itself; kept in the node's entry.
+
+        EIO when it is nowhere, or may not be followed. Of a file without a name it has to be known before it lost it.
+        """
+        entry = node.entry
+        if entry.data is not None:
+            return entry.data
+        try:
+            marks = read_data_marks(fd)
+            if marks is None:
+                return None
+            source = None if node.unlinked else self._data_of(node, marks)
+        except OSError as exc:
+            log.error("%r: where its data is (metacopy) cannot be found out: %s", node.name, exc)
+            raise OSError(errno.EIO, os.strerror(errno.EIO)) from exc
+        if source is None:
+            hint = "" if self.metacopy else "; it is looked for in lowers with metacopy=on"
+            log.error("%r: its data is in another layer (metacopy) and was not found%s", node.name, hint)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if self.verity == "require" and source.digest is None:
+            log.error("%r: no digest was recorded of its data, and verity=require", node.name)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        node.entry = entry.with_data(source)
+        return source
+
+    def _data_of(self, node: Node, marks: DataMarks) -> Source | None:
+        assert node.parent is not None
+        beside, roots = node.parent.entry.lowers, self._roots
+        if not node.entry.upper:
+            lower = node.entry.lowers[0]
+            beside, roots = beside[beside.index(lower) + 1 :], self._roots_below(lower)
+        digest = None if self.verity == "off" else marks.digest
+        found = self._data_below(beside, roots, node.name, marks.redirect)
+        return None if found is None else Source(*found, digest)
+
+    def _data_below(
+        self, dirs: tuple[LowerDir, ...], roots: tuple[LowerDir, ...], name: bytes, redirect: fmt.Redirect | None
+    ) -> tuple[LowerDir, bytes] | None:
+        """The file with data that a file without means: `name` in the directories `dirs`, unless redirected."""
+        if redirect is not None:
+            name = redirect.names[-1]
+            if redirect.absolute:
+                dirs = self._walk(roots, redirect.names[:-1])
+        for index, lower in enumerate(dirs if self.metacopy else ()):
+            dirfd = lower.open(self.fds)
+            st = stat_or_none(dirfd, name)
+            if st is not None:
+                if not stat.S_ISREG(st.st_mode) or is_whiteout(
+                    dirfd, name, st, xwhiteouts=lower.marks(self.fds).xwhiteouts
+                ):
+                    return None
+                with syscalls.open_object(dirfd, name) as fd:
+                    marks = read_data_marks(fd.fd)
+                if marks is None:
+                    return lower, name
+                return self._data_below(dirs[index + 1 :], self._roots_below(lower), name, marks.redirect)
+            if exists(dirfd, fmt.wh_name(name)):
+                return None
+        return self._in_data_layers(redirect.names) if redirect is not None and redirect.absolute else None
+
+    def _in_data_layers(self, names: tuple[bytes, ...]) -> tuple[LowerDir, bytes] | None:
+        for layer in self.stack.data:
+            at = layer.root_dir
+            for name in names[:-1]:
+                at = at.child(name)
+            try:
+                st = syscalls.stat_at(at.open(self.fds), names[-1])
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            return (at, names[-1]) if stat.S_ISREG(st.st_mode) else None
+        return None
+
     # What names are.
 
     def find(self, parent: DirNode, name: bytes) -> Hit | None:
@@ -176,8 +264,11 @@ class Resolver:
         """
         if not self.follow_redirects:
             raise OSError(errno.EPERM, "redirect_dir=nofollow, but a layer has a redirect")
-        dirs = roots if redirect.absolute else beside
-        for name in redirect.names:
+        return self._walk(roots if redirect.absolute else beside, redirect.names)
+
+    def _walk(self, dirs: tuple[LowerDir, ...], names: tuple[bytes, ...]) -> tuple[LowerDir, ...]:
+        """The directories that the path `names` beneath `dirs` leads to, by the rules for lowers; none when it ends."""
+        for name in names:
             hit = self._probe_lowers(dirs, name)
             if hit is None or not stat.S_ISDIR(hit.st.st_mode):
                 return ()

@@ -140,6 +140,7 @@ class Mutations:
         below = self._resolver.lower_has(parent, name)
         place = Place(parent, self._copy_up.directory(parent), name)
         if not hit.entry.upper:
+            self._places.keep_data(child(parent, name))
             self._places.whiteout(place)
         else:
             self._places.hold(child(parent, name))
@@ -194,8 +195,10 @@ class Mutations:
         """Give `node`, which is not a directory, a further name; EEXIST, EPERM."""
         if isinstance(node, DirNode):
             raise fail(errno.EPERM, name)
-        yield from self._copy_up.node(node)
+        yield from self._copy_up.node(node, data=False)
         place = self._places.new(parent, name)
+        if node.parent is not None and not node.unlinked:
+            self._places.redirect_data(Place(node.parent, self._resolver.upper_dir(node.parent), node.name), None)
         with self._resolver.open_object(node) as fd:
             st = os.fstat(fd.fd)
             staged = Staged(self._work, fd, None)

@@ -9,16 +9,22 @@ Rules this file obeys:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-from typing import NamedTuple
+import stat
+from typing import Final, NamedTuple
 
 from . import format as fmt
 from . import syscalls
 from .copyup import CopyUp
 from .inodes import DirNode, Node, child
+from .layers import read_data_marks
 from .lookup import Hit, Resolver, stat_or_none
 from .workdir import Staged, Workdir
+
+#: Redirects are longer than this only rarely: the kernel's own limit (redirect_max).
+_LONG_REDIRECT: Final = 256
 
 
 class Place(NamedTuple):
@@ -42,6 +48,19 @@ def path_of(place: Place) -> tuple[bytes, ...]:
         names.append(at.name)
         at = at.parent
     return tuple(reversed(names))
+
+
+def lower_path(place: Place, redirect: fmt.Redirect | None) -> fmt.Redirect:
+    """What the object at `place` is called from the root of the lowers: redirects above it are what counts there."""
+    names = (place.name,) if redirect is None else redirect.names
+    at = place.parent
+    while at.parent is not None:
+        above = at.entry.redirect
+        names = ((at.name,) if above is None else above.names) + names
+        if above is not None and above.absolute:
+            break
+        at = at.parent
+    return fmt.Redirect(True, names)
 
 
 class Places:
@@ -104,7 +123,47 @@ class Places:
                 self._resolver.upper_dir(node)
                 node.handle.pinned = True
         elif node.entry.upper and node.state().orphan is None:
+            self.keep_data(node)
             node.state().orphan = self._resolver.open_object(node)
+
+    def keep_data(self, node: Node | None) -> None:
+        """Know where the data of a file is before it loses the name that says so. One without any goes all the same."""
+        if node is None or not self._resolver.follows_data:
+            return
+        with contextlib.suppress(OSError), self._resolver.open_object(node) as fd:
+            if stat.S_ISREG(os.fstat(fd.fd).st_mode):
+                self._resolver.locate(node, fd.fd)
+
+    # Redirects: what an object that moves is called in the lowers.
+
+    def mark_redirect(self, fd: syscalls.Fd, redirect: fmt.Redirect) -> None:
+        """Set the mark; EXDEV for a path that is too long for the upper: the caller copies, as between file systems."""
+        value = redirect.encode()
+        try:
+            self._work.mark(fd.fd, fmt.REDIRECT, value)
+        except OSError as exc:
+            if exc.errno in (errno.E2BIG, errno.ERANGE) or (exc.errno == errno.ENOSPC and len(value) > _LONG_REDIRECT):
+                raise fail(errno.EXDEV) from exc
+            raise
+
+    def redirect_data(self, here: Place, there: Place | None) -> None:
+        """Before the file `here` of the upper gets another name, `there` or one more: say where its data is.
+
+        A name is good for a file with one link that stays in its directory, a path for all others. EIO for a file
+        whose data cannot be found, and never would again.
+        """
+        if not self._resolver.impure(here.parent):
+            return
+        with syscalls.open_object(here.dirfd, here.name) as fd:
+            marks = read_data_marks(fd.fd) if stat.S_ISREG(os.fstat(fd.fd).st_mode) else None
+            if marks is None or (marks.redirect is not None and marks.redirect.absolute):
+                return
+            if not self._resolver.metacopy:
+                raise fail(errno.EIO, here.name)
+            if there is None or here.parent is not there.parent or os.fstat(fd.fd).st_nlink > 1:
+                self.mark_redirect(fd, lower_path(here, marks.redirect))
+            elif marks.redirect is None:
+                self.mark_redirect(fd, fmt.Redirect(False, (here.name,)))
 
     def require_empty(self, parent: DirNode, name: bytes, hit: Hit) -> None:
         node = child(parent, name)

@@ -20,27 +20,11 @@ from . import intent, syscalls
 from .copyup import CopyUp, apply_metadata, read_metadata
 from .inodes import UPPER, DirNode, Entry, NodeTable, child
 from .lookup import Hit, Resolver, stat_or_none
-from .places import Place, Places, fail, path_of
+from .places import Place, Places, fail, lower_path, path_of
 from .steps import Op
 from .workdir import Workdir
 
-#: Redirects are longer than this only rarely: the kernel's own limit (redirect_max).
-_LONG_REDIRECT: Final = 256
-
 RENAME_FLAGS: Final = syscalls.RENAME_NOREPLACE | syscalls.RENAME_EXCHANGE
-
-
-def _lower_path(place: Place, redirect: fmt.Redirect | None) -> fmt.Redirect:
-    """What the directory at `place` is called from the root of the lowers: redirects above it are what counts there."""
-    names = (place.name,) if redirect is None else redirect.names
-    at = place.parent
-    while at.parent is not None:
-        above = at.entry.redirect
-        names = ((at.name,) if above is None else above.names) + names
-        if above is not None and above.absolute:
-            break
-        at = at.parent
-    return fmt.Redirect(True, names)
 
 
 class Renames:
@@ -83,7 +67,7 @@ class Renames:
         node = child(parent, name)
         if node is None:
             node = self._table.add(parent, name, hit.entry, hit.ino, directory=stat.S_ISDIR(hit.st.st_mode))
-        yield from self._copy_up.node(node)
+        yield from self._copy_up.node(node, data=False)
         self._table.settle(node)
 
     def _check_rename(self, source: Hit, target: Hit | None, new_name: bytes, flags: int) -> None:
@@ -116,14 +100,16 @@ class Renames:
 
     def _exchange(self, here: Place, there: Place, source: Hit, target: Hit | None) -> None:
         assert target is not None
-        self._prepare_dir(here, there, source)
-        self._prepare_dir(there, here, target)
+        self._prepare(here, there, source)
+        self._prepare(there, here, target)
         self._swap(here, there)
         self._table.exchange(here.parent, here.name, there.parent, there.name)
 
-    def _prepare_dir(self, here: Place, there: Place, hit: Hit) -> None:
-        """Before a directory moves: one with lowers says what they call it, one without hides what it comes over."""
+    def _prepare(self, here: Place, there: Place, hit: Hit) -> None:
+        """Before an object moves: one with lowers says what they call it, a directory without hides what it covers."""
         if not stat.S_ISDIR(hit.st.st_mode):
+            if stat.S_ISREG(hit.st.st_mode):
+                self._places.redirect_data(here, there)
             return
         if hit.entry.lowers:
             self._redirect(here, hit, relative=here.parent is there.parent)
@@ -135,27 +121,18 @@ class Renames:
         """Record what the directory `here` is called in the lowers, if it is not recorded yet (ovl_set_redirect)."""
         redirect = hit.entry.redirect
         if redirect is None or not (relative or redirect.absolute):
-            redirect = fmt.Redirect(False, (here.name,)) if relative else _lower_path(here, redirect)
+            redirect = fmt.Redirect(False, (here.name,)) if relative else lower_path(here, redirect)
             with syscalls.open_dir(here.dirfd, here.name) as fd:
-                self._mark_redirect(fd, redirect.encode())
+                self._places.mark_redirect(fd, redirect)
         node = child(here.parent, here.name)
         if node is not None:
             node.entry = Entry(True, hit.entry.lowers, redirect)
-
-    def _mark_redirect(self, fd: syscalls.Fd, value: bytes) -> None:
-        try:
-            self._work.mark(fd.fd, fmt.REDIRECT, value)
-        except OSError as exc:
-            # A path too long for the upper's xattrs: the caller copies, as between file systems.
-            if exc.errno in (errno.E2BIG, errno.ERANGE) or (exc.errno == errno.ENOSPC and len(value) > _LONG_REDIRECT):
-                raise fail(errno.EXDEV) from exc
-            raise
 
     def _rename(self, here: Place, there: Place, source: Hit, target: Hit | None) -> None:
         if target is not None and stat.S_ISDIR(target.st.st_mode):
             self._places.require_empty(there.parent, there.name, target)
             self._clear(there, target)
-        self._prepare_dir(here, there, source)
+        self._prepare(here, there, source)
         if target is not None:
             self._places.hold(child(there.parent, there.name))
         is_dir = stat.S_ISDIR(source.st.st_mode)

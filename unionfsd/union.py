@@ -18,7 +18,7 @@ import stat
 from collections import OrderedDict
 from collections.abc import Iterator
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypedDict
 
 from . import intent, syscalls
 from .attributes import Attr, Attributes, Owner, SetAttr, StatLike
@@ -32,7 +32,7 @@ from .listing import Dirent, Listing
 from .lookup import Hit, Resolver
 from .metrics import Counters, Holdings, Statistics
 from .mutations import Caller, Mutations
-from .options import MountConfig
+from .options import MountConfig, Verity
 from .places import Places, fail
 from .refresh import Memory
 from .renames import Renames
@@ -73,11 +73,14 @@ class Union:
         self._work = work
         self._frozen: Gate | None = None
         self._fds = FdCache(_fd_budget())
-        self._resolver = Resolver(stack, self._fds, follow_redirects=config.redirect_dir != "nofollow")
+        self._resolver = Resolver(stack, self._fds, **_rules(config))
         root = self._resolver.root()
         self._readers: OrderedDict[DirNode, None] = OrderedDict()
         self._table = NodeTable(root.entry, root.ino, self._fds, self._dropped)
-        copy_up = None if work is None else CopyUp(self._resolver, work, self._fds, self.counters)
+        copy_up = None
+        if work is not None:
+            metacopy = config.metacopy == "on"
+            copy_up = CopyUp(self._resolver, work, self._fds, self.counters, metacopy=metacopy)
         self._mutations = None
         if work is not None and copy_up is not None:
             places = Places(self._resolver, work, copy_up)
@@ -411,8 +414,23 @@ class Union:
 
     def reader(self) -> Resolver:
         """A resolver for one thread: it shares with the mount's own only the layers' roots, open until `close`."""
-        stack = LayerStack(self.stack.lowers, self.stack.upper, None, ())
-        return Resolver(stack, FdCache(FdCache.MINIMUM), follow_redirects=self._resolver.follow_redirects)
+        stack = LayerStack(self.stack.lowers, self.stack.upper, None, (), self.stack.data)
+        return Resolver(stack, FdCache(FdCache.MINIMUM), **_rules(self.config))
+
+
+class _Rules(TypedDict):
+    follow_redirects: bool
+    metacopy: bool
+    verity: Verity
+
+
+def _rules(config: MountConfig) -> _Rules:
+    """What a mount's resolvers follow."""
+    return {
+        "follow_redirects": config.redirect_dir != "nofollow",
+        "metacopy": config.metacopy == "on",
+        "verity": config.verity,
+    }
 
 
 def _fd_budget() -> int:

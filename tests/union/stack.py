@@ -71,10 +71,10 @@ class Stack:
             )
         )
 
-    def kernel_tree(self) -> Tree:
+    def kernel_tree(self, options: bytes = b"") -> Tree:
         """What kernel overlayfs shows of the same layers, all of them as lowers, so that it writes nothing."""
         lowers = b":".join(self.layers if len(self.layers) > 1 else [*self.layers, self._empty()])
-        with overlay(self.mountpoint, b"lowerdir=" + lowers, flags=MS_RDONLY):
+        with overlay(self.mountpoint, b"lowerdir=" + lowers + options, flags=MS_RDONLY):
             return snapshot(self.mountpoint)
 
     def _empty(self) -> bytes:
