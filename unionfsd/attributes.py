@@ -120,6 +120,8 @@ class Attributes:
             nlink = 0 if node.unlinked else 1 if merged else st.st_nlink
         else:
             nlink = st.st_nlink - 1 if node.unlinked and not node.entry.upper else st.st_nlink
+            if node.entry.index is not None and self._resolver.index is not None:
+                nlink = max(0, nlink + self._resolver.index.extra(node.entry.index))
             if self._resolver.follows_data and stat.S_ISREG(st.st_mode) and st.st_blocks * 512 < st.st_size:
                 shown = self._with_blocks(node, st)
         uid, gid = self._owner

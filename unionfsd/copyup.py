@@ -27,8 +27,10 @@ from typing import Final
 from . import format as fmt
 from . import syscalls, verity
 from .fdcache import FdCache
+from .filecopy import copy_data
+from .index import Index
 from .inodes import UPPER, DirNode, Entry, Node, OpenState, Source
-from .layers import LowerDir, optional_xattr, read_data_marks, xattr_names
+from .layers import LowerDir, exists, optional_xattr, read_data_marks, xattr_names
 from .lookup import Resolver
 from .metrics import Counters
 from .steps import Blocking, Gate, Op
@@ -37,19 +39,25 @@ from .workdir import Staged, Workdir
 
 log = logging.getLogger(__name__)
 
-_CHUNK: Final = 1 << 20
 #: Files up to this size are copied without a thread where nothing has to be synced.
 _INLINE: Final = 64 * 1024
-_NO_COPY_RANGE: Final = {errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.ETXTBSY}
-_NO_CLONE: Final = _NO_COPY_RANGE | {errno.ENOTTY, errno.EISDIR, errno.EBADF}
 
 
 class CopyUp:
     """Copies nodes up for one mount."""
 
     def __init__(
-        self, resolver: Resolver, work: Workdir, fds: FdCache, counters: Counters, *, metacopy: bool = False
+        self,
+        resolver: Resolver,
+        work: Workdir,
+        fds: FdCache,
+        counters: Counters,
+        *,
+        metacopy: bool = False,
+        rekey: Callable[[Node, tuple[int, int]], None] = lambda node, key: None,
     ) -> None:
+        """`rekey` is told which object of the upper a node has become that is in the index."""
+        self._rekey = rekey
         self._metacopy = metacopy and work.abilities.can_redirect
         self._resolver = resolver
         self._work = work
@@ -107,7 +115,7 @@ class CopyUp:
 
     def _leaf(self, node: Node, size: int | None, *, data: bool) -> Op[None]:
         lower = node.entry.lowers[0]
-        with syscalls.open_object(lower.open(self._fds), node.name) as source:
+        with syscalls.open_object(lower.open(self._fds), _below(node)) as source:
             metadata = read_metadata(source.fd)
             if not stat.S_ISREG(metadata.st.st_mode):
                 self._special(node, lower, source, metadata)
@@ -120,21 +128,21 @@ class CopyUp:
         """Copy a regular file up without its data, if that may be: the data will be where it is now."""
         if not self._metacopy:
             return False
-        digest = self._recorded_digest(lower, object_, node.name)
+        digest = self._recorded_digest(lower, object_, _below(node))
         if digest is None and self._resolver.verity == "require":
             return False
-        source = self._resolver.locate(node, object_.fd) or Source(lower, node.name, None)
+        source = self._resolver.locate(node, object_.fd) or Source(lower, _below(node), None)
         staged = self._work.stage_file(0o600)
         try:
-            self._record_origin(staged.fd.fd, lower, lower.open(self._fds), node.name)
+            indexed = self._record_leaf_origin(staged.fd.fd, lower, node)
             self._work.mark(staged.fd.fd, fmt.METACOPY, fmt.encode_metacopy(digest))
             syscalls.truncate(staged.fd.fd, metadata.st.st_size)
             apply_metadata(staged.fd.fd, metadata)
-            self._finish(node, staged)
+            self._finish(node, staged, metadata.st.st_nlink if indexed else None)
         except BaseException:
             staged.abandon()
             raise
-        node.entry = UPPER.with_data(source)
+        node.entry = node.entry.with_data(source)
         self._counters.copy_ups += 1
         return True
 
@@ -157,8 +165,8 @@ class CopyUp:
             staged = self._work.stage_node(mode, rdev)
         try:
             apply_metadata(staged.fd.fd, metadata)
-            self._record_origin(staged.fd.fd, lower, lower.open(self._fds), node.name)
-            self._finish(node, staged)
+            indexed = self._record_leaf_origin(staged.fd.fd, lower, node)
+            self._finish(node, staged, metadata.st.st_nlink if indexed else None)
         except BaseException:
             staged.abandon()
             raise
@@ -167,17 +175,17 @@ class CopyUp:
         state = node.state()
         gate = state.gate = Gate()
         try:
-            source = lower.layer.open_data(lower.open(self._fds), node.name)
+            source = lower.layer.open_data(lower.open(self._fds), _below(node))
             elsewhere = self._resolver.locate(node, source.fd)
             if elsewhere is not None:
                 source = elsewhere.open(self._fds)
             staged = self._work.stage_file(0o600)
             try:
-                self._record_origin(staged.fd.fd, lower, lower.open(self._fds), node.name)
+                indexed = self._record_leaf_origin(staged.fd.fd, lower, node)
                 fill = partial(_fill, staged.fd, source, elsewhere, metadata, size, sync=not self._work.volatile)
                 yield from self._run(fill, metadata.st.st_size)
                 # The gate kept the node a lower one; names and parents are looked at only from here on.
-                self._finish(node, staged)
+                self._finish(node, staged, metadata.st.st_nlink if indexed else None)
             except BaseException:
                 staged.abandon()
                 raise
@@ -260,9 +268,14 @@ class CopyUp:
         else:
             self._counters.copied_bytes += yield Blocking(fill)
 
-    def _finish(self, node: Node, staged: Staged) -> None:
-        """Publish under the name that `node` has now; one that has none lives on in its descriptor."""
-        if node.unlinked:
+    def _finish(self, node: Node, staged: Staged, names: int | None) -> None:
+        """Publish under the name that `node` has now; one that has none lives on in its descriptor.
+
+        `names`: how many the lower has, if they are to be kept together.
+        """
+        if names is not None and self._resolver.index is not None and not node.unlinked:
+            self._publish_in_index(self._resolver.index, node, staged, names)
+        elif node.unlinked:
             node.state().orphan = syscalls.reopen(staged.fd.fd, os.O_PATH)
             node.entry = UPPER
             staged.abandon()
@@ -270,6 +283,35 @@ class CopyUp:
             assert node.parent is not None
             self.directory(node.parent)
             self._publish(staged, node)
+
+    def _publish_in_index(self, index: Index, node: Node, staged: Staged, lower_nlink: int) -> None:
+        """Publish an object whose lower has several names: from then on it is that, under all of them."""
+        lower = node.entry.lowers[0]
+        name_there = index.name_of(lower.layer, lower.open(self._fds), _below(node))
+        index.mark_new(staged.fd.fd)
+        staged.publish(index.prepare(), name_there)
+        index.added(name_there, lower_nlink)
+        node.entry = Entry(True, (), index=name_there)
+        st = os.fstat(staged.fd.fd)
+        self._rekey(node, (st.st_dev, st.st_ino))
+        assert node.parent is not None
+        self.alias(node.parent, node.name, name_there, lower_nlink)
+
+    def alias(self, parent: DirNode, name: bytes, index_name: bytes, lower_nlink: int | None = None) -> None:
+        """Give an object of the index a `name` in the upper that the union has of it already, by a lower."""
+        index = self._resolver.index
+        assert index is not None
+        dirfd = self.directory(parent)
+        if exists(dirfd, name):
+            return
+        if lower_nlink is None:
+            found = self._resolver.find_lower(parent, name)
+            assert found is not None
+            lower_nlink = syscalls.stat_at(found.entry.lowers[0].open(self._fds), name).st_nlink
+        before = os.fstat(dirfd)
+        self.mark_impure(parent, dirfd)
+        index.link(index_name, lower_nlink, dirfd, name)
+        self._restore_times(dirfd, before)
 
     def _publish(self, staged: Staged, node: Node) -> None:
         assert node.parent is not None
@@ -290,28 +332,48 @@ class CopyUp:
         except OSError as exc:
             self._skip("times of the parent", exc)
 
-    def mark_impure(self, parent: DirNode, dirfd: int) -> None:
-        """Say that an upper directory holds copied-up objects (ovl_set_impure). Best effort: it only saves work."""
+    def mark_impure(self, parent: DirNode, dirfd: int, *, required: bool = False) -> None:
+        """Say that an upper directory holds copied-up objects (ovl_set_impure). Best effort, unless `required`."""
         if self._resolver.impure(parent):
             return
-        parent.impure = True
         try:
             self._work.mark(dirfd, fmt.IMPURE, fmt.OPAQUE_YES)
         except OSError as exc:
+            if required:
+                raise
             self._skip("impure mark", exc)
+        parent.impure = True
 
-    def _record_origin(self, fd: int, lower: LowerDir, dirfd: int, name: bytes) -> None:
-        """Record where the object came from. Best effort: without it the inode number changes at the next mount."""
+    def _record_leaf_origin(self, fd: int, lower: LowerDir, node: Node) -> bool:
+        """Record where a file or the like came from; returns whether it goes to the index, which needs that."""
+        indexed = self._resolver.index is not None and node.entry.name is not None
+        recorded = self._record_origin(fd, lower, lower.open(self._fds), _below(node), required=indexed)
+        return indexed and recorded
+
+    def _record_origin(self, fd: int, lower: LowerDir, dirfd: int, name: bytes, *, required: bool = False) -> bool:
+        """Record where the object came from. Best effort: without it the inode number changes at the next mount.
+
+        Where it is `required`, only what cannot have the mark at all goes without.
+        """
         try:
             kind, handle = syscalls.file_handle(dirfd, name)
             origin = fmt.encode_origin(fmt.Origin(kind, handle, lower.layer.uuid))
             self._work.mark(fd, fmt.ORIGIN, origin)
         except (OSError, ValueError) as exc:
+            if required and isinstance(exc, OSError) and exc.errno not in (errno.EOPNOTSUPP, errno.EPERM):
+                raise
             self._skip("origin", exc)
+            return False
+        return True
 
     def _skip(self, what: str, exc: Exception) -> None:
         self._counters.skipped_marks += 1
         log.debug("copy-up: no %s: %s", what, exc)
+
+
+def _below(node: Node) -> bytes:
+    """What the lower calls a node that is there."""
+    return node.entry.name or node.name
 
 
 class Metadata:
@@ -394,75 +456,3 @@ def _restore_privileges(fd: int, before: Metadata) -> None:
     lost = stat.S_IMODE(before.st.st_mode) & ~os.fstat(fd).st_mode & (stat.S_ISUID | stat.S_ISGID)
     if lost:
         syscalls.chmod(fd, stat.S_IMODE(before.st.st_mode))
-
-
-def copy_data(source: int, target: int, length: int, st: os.stat_result) -> int:
-    """Copy the first `length` bytes of `source`, whose fstat is `st`, into the empty `target`; returns bytes copied.
-
-    Shares blocks where the file system can; otherwise holes stay holes.
-    """
-    if length == st.st_size and _clone(source, target):
-        return 0
-    copied = 0
-    for start, end in _extents(source, length, st):
-        _copy_extent(source, target, start, end)
-        copied += end - start
-    syscalls.truncate(target, length)
-    return copied
-
-
-def _clone(source: int, target: int) -> bool:
-    try:
-        syscalls.clone(target, source)
-    except OSError as exc:
-        if exc.errno in _NO_CLONE:
-            return False
-        raise
-    return True
-
-
-def _extents(fd: int, length: int, st: os.stat_result) -> list[tuple[int, int]]:
-    """Ranges of the first `length` bytes of `fd` that hold data."""
-    if not length:
-        return []
-    if st.st_blocks * 512 >= st.st_size:
-        return [(0, length)]
-    ranges = []
-    end = 0
-    while end < length:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError as exc:
-            if exc.errno == errno.ENXIO:
-                break
-            if exc.errno in (errno.EINVAL, errno.EOPNOTSUPP):
-                return [(0, length)]
-            raise
-        if start >= length:
-            break
-        end = min(os.lseek(fd, start, os.SEEK_HOLE), length)
-        ranges.append((start, end))
-    return ranges
-
-
-def _copy_extent(source: int, target: int, start: int, end: int) -> None:
-    at = start
-    while at < end:
-        done = _copy_range(source, target, end - at, at)
-        if not done:
-            break
-        at += done
-    while at < end:
-        data = os.pread(source, min(_CHUNK, end - at), at)
-        if not data:
-            raise OSError(errno.EIO, "lower file shrank while it was copied up")
-        at += syscalls.pwrite(target, data, at)
-
-
-def _copy_range(source: int, target: int, count: int, offset: int) -> int:
-    try:
-        return syscalls.copy_range(source, target, count, offset, offset)
-    except OSError as exc:
-        if exc.errno in _NO_COPY_RANGE:
-            return 0
-        raise

@@ -28,10 +28,12 @@ from typing import Final, NamedTuple
 from . import format as fmt
 from . import syscalls
 from .fdcache import FdCache
-from .inodes import UPPER, DirNode, Entry, Node, Source
+from .index import Index
+from .inodes import UPPER, DirNode, Entry, KeptNames, Node, Source
 from .layers import DataMarks, LayerStack, LowerDir, exists, optional_xattr, read_data_marks, read_marks
 from .listing import DT_DIR, Listing, LowerNames, UpperNames, merge, read_lowers, read_upper
 from .options import Verity
+from .syscalls import stat_or_none
 from .workdir import is_whiteout
 
 log = logging.getLogger(__name__)
@@ -66,6 +68,8 @@ class Resolver:
         self, stack: LayerStack, fds: FdCache, *, follow_redirects: bool, metacopy: bool = False, verity: Verity = "off"
     ) -> None:
         """`metacopy`: data of files is looked for in lowers, too. `verity`: what is done about its digest."""
+        #: Set where names of one lower object are kept together.
+        self.index: Index | None = None
         self.follow_redirects = follow_redirects
         self.metacopy = metacopy
         self.verity = verity
@@ -76,8 +80,7 @@ class Resolver:
         self.name_max = os.fstatvfs(stack.top.root.fd).f_namemax
         #: The layer roots that are merged, top first: where absolute redirects start.
         self._roots: tuple[LowerDir, ...] = ()
-        self._kept: dict[DirNode, int] = {}
-        self._kept_names = 0
+        self._kept = KeptNames(_KEEP_NAMES)
 
     def root(self) -> Hit:
         """The root of the union: all layer roots, down to the first opaque one."""
@@ -121,8 +124,11 @@ class Resolver:
         """Where the object of `node` can be reached; an unlinked one by its descriptor."""
         if isinstance(node, DirNode):
             return Spot(self.directory(node), b"")
-        if not node.entry.upper:
-            return Spot(node.entry.lowers[0].open(self.fds), node.name)
+        entry = node.entry
+        if entry.index is not None and self.index is not None and not node.unlinked:
+            return Spot(self.index.fd, entry.index)
+        if not entry.upper:
+            return Spot(entry.lowers[0].open(self.fds), entry.name or node.name)
         if node.unlinked:
             if node.open is None or node.open.orphan is None:
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
@@ -170,12 +176,13 @@ class Resolver:
 
     def _data_of(self, node: Node, marks: DataMarks) -> Source | None:
         assert node.parent is not None
-        beside, roots = node.parent.entry.lowers, self._roots
+        beside, roots, name = node.parent.entry.lowers, self._roots, node.name
         if not node.entry.upper:
-            lower = node.entry.lowers[0]
-            beside, roots = beside[beside.index(lower) + 1 :], self._roots_below(lower)
+            lower, name = node.entry.lowers[0], node.entry.name or name
+            above = [at.layer for at in beside].index(lower.layer)
+            beside, roots = beside[above + 1 :], self._roots_below(lower)
         digest = None if self.verity == "off" else marks.digest
-        found = self._data_below(beside, roots, node.name, marks.redirect)
+        found = self._data_below(beside, roots, name, marks.redirect)
         return None if found is None else Source(*found, digest)
 
     def _data_below(
@@ -239,6 +246,12 @@ class Resolver:
             return Hit(entry, st, self._dir_ino(entry.lowers, st))
         if self.is_whiteout(parent, dirfd, name, st):
             return None
+        if self.index is not None and st.st_nlink > 1 and (self.impure(parent) or self.lower_has(parent, name)):
+            with syscalls.open_object(dirfd, name) as fd:
+                indexed = self.index.find_upper(fd.fd, st)
+            if indexed is not None:
+                entry = Entry(True, (), index=indexed)
+                return Hit(entry, st, self._leaf_ino(parent, dirfd, name, st, indexed=True))
         return Hit(UPPER, st, self._leaf_ino(parent, dirfd, name, st))
 
     def _upper_dir_entry(self, parent: DirNode, dirfd: int, name: bytes) -> Entry:
@@ -307,7 +320,15 @@ class Resolver:
             return self._lower_dir_hit(parent.entry.lowers, list(names.indices(name)), name)
         lower = parent.entry.lowers[low.lower]
         st = syscalls.stat_at(lower.open(self.fds), name)
+        if self.index is not None and st.st_nlink > 1:
+            return self._linked(self.index, lower, name, st)
         return Hit(parent.leaf_entry(lower), st, self.stack.ino(st))
+
+    def _linked(self, index: Index, lower: LowerDir, name: bytes, st: os.stat_result) -> Hit:
+        """A leaf of a lower that has other names, by any of which it may have been copied up."""
+        found = index.find(lower.layer, lower.open(self.fds), name)
+        entry = Entry(False, (lower,), name=name, index=None if found is None else found.name)
+        return Hit(entry, st if found is None else found.st, self.stack.ino(st))
 
     def lower_has(self, parent: DirNode, name: bytes) -> bool:
         """Whether a lower of `parent` has `name`, so that deleting it takes a whiteout."""
@@ -353,6 +374,8 @@ class Resolver:
                 if not stat.S_ISDIR(st.st_mode):
                     if indices:
                         break
+                    if self.index is not None and st.st_nlink > 1:
+                        return self._linked(self.index, lower, name, st)
                     return Hit(Entry(False, (lower,)), st, self.stack.ino(st))
                 indices.append(index)
             if exists(dirfd, fmt.wh_name(name)):
@@ -365,18 +388,18 @@ class Resolver:
         """A directory keeps the number of the topmost lower it is merged with, so copy-up does not change it."""
         return self.stack.ino(os.fstat(lowers[0].open(self.fds)) if lowers else st)
 
-    def _leaf_ino(self, parent: DirNode, dirfd: int, name: bytes, st: os.stat_result) -> int:
+    def _leaf_ino(self, parent: DirNode, dirfd: int, name: bytes, st: os.stat_result, *, indexed: bool = False) -> int:
         """A copied-up object keeps the number of the lower it came from.
 
-        One with several names does not: the names of the lower that were not copied up have that number.
+        One with several names does not, unless all are one object by the index: other names of the lower have it.
         """
-        if st.st_nlink == 1 and self._roots and (self.impure(parent) or self.lower_has(parent, name)):
+        if (st.st_nlink == 1 or indexed) and self._roots and (self.impure(parent) or self.lower_has(parent, name)):
             with syscalls.open_object(dirfd, name) as fd:
                 values = (optional_xattr(fd.fd, attr) for attr in fmt.ORIGIN_NAMES)
                 origin = next((fmt.decode_origin(value) for value in values if value), None)
             if origin is not None:
                 was = self._origin_at(parent, name, origin) or self._origin_by_handle(origin)
-                if was is not None and was.st_nlink == 1 and stat.S_IFMT(was.st_mode) == stat.S_IFMT(st.st_mode):
+                if was is not None and (was.st_nlink == 1 or indexed) and _same_type(was, st):
                     return self.stack.ino(was)
         return self.stack.ino(st)
 
@@ -389,7 +412,9 @@ class Resolver:
             handle = syscalls.file_handle(below.entry.lowers[0].open(self.fds), name)
         except OSError:
             return None
-        return below.st if handle == (origin.kind, origin.handle) else None
+        if handle != (origin.kind, origin.handle):
+            return None
+        return below.st if below.entry.index is None else syscalls.stat_at(below.entry.lowers[0].open(self.fds), name)
 
     def _origin_by_handle(self, origin: fmt.Origin) -> os.stat_result | None:
         """The object that `origin` means, wherever in a lower; None without CAP_DAC_READ_SEARCH, or when it is gone."""
@@ -417,7 +442,7 @@ class Resolver:
             return None
         names = read_lowers(node.entry.lowers, self.stack, self.fds)
         node.lower_names = names
-        self._keep(node, len(names))
+        self._kept.keep(node)
         return names
 
     def _pays(self, node: DirNode) -> bool:
@@ -426,26 +451,13 @@ class Resolver:
             return sum(os.fstat(lower.open(self.fds)).st_size for lower in node.entry.lowers) <= _READ_AT_ONCE
         return node.probes > _READ_AFTER
 
-    def _keep(self, node: DirNode, count: int) -> None:
-        self._kept_names += count - self._kept.pop(node, 0)
-        self._kept[node] = count
-        while self._kept_names > _KEEP_NAMES and len(self._kept) > 1:
-            oldest = next(iter(self._kept))
-            self._kept_names -= self._kept.pop(oldest)
-            oldest.lower_names = None
-
     def released(self, node: DirNode) -> None:
         """`node` is gone: nothing is kept for it."""
-        self._kept_names -= self._kept.pop(node, 0)
+        self._kept.released(node)
 
     def forget_names(self) -> int:
         """Keep no merged names; returns how many that were."""
-        count = self._kept_names
-        for node in self._kept:
-            node.lower_names = None
-        self._kept.clear()
-        self._kept_names = 0
-        return count
+        return self._kept.forget()
 
     def _read_upper(self, node: DirNode) -> UpperNames | None:
         if not node.entry.upper:
@@ -478,9 +490,5 @@ class Resolver:
         return next(merge(self._read_upper(node), self.lower_names(node, read=True)), None) is None
 
 
-def stat_or_none(dirfd: int, name: bytes) -> os.stat_result | None:
-    """lstat of `name` beneath `dirfd`, None when there is nothing."""
-    try:
-        return syscalls.stat_at(dirfd, name)
-    except FileNotFoundError:
-        return None
+def _same_type(one: os.stat_result, other: os.stat_result) -> bool:
+    return stat.S_IFMT(one.st_mode) == stat.S_IFMT(other.st_mode)

@@ -18,9 +18,11 @@ from typing import Final, NamedTuple
 from . import format as fmt
 from . import syscalls
 from .copyup import CopyUp
-from .inodes import DirNode, Node, child
+from .inodes import DirNode, Entry, Node, NodeTable, child
 from .layers import read_data_marks
-from .lookup import Hit, Resolver, stat_or_none
+from .lookup import Hit, Resolver
+from .steps import Op
+from .syscalls import stat_or_none
 from .workdir import Staged, Workdir
 
 #: Redirects are longer than this only rarely: the kernel's own limit (redirect_max).
@@ -66,7 +68,8 @@ def lower_path(place: Place, redirect: fmt.Redirect | None) -> fmt.Redirect:
 class Places:
     """Names in the upper of one writable mount."""
 
-    def __init__(self, resolver: Resolver, work: Workdir, copy_up: CopyUp) -> None:
+    def __init__(self, resolver: Resolver, work: Workdir, copy_up: CopyUp, table: NodeTable) -> None:
+        self._table = table
         self._resolver = resolver
         self._work = work
         self._copy_up = copy_up
@@ -96,6 +99,37 @@ class Places:
         if hit is None:
             raise fail(errno.ENOENT, name)
         return hit
+
+    def to_upper(self, parent: DirNode, name: bytes, hit: Hit) -> Op[None]:
+        """See that what `name` is has that name in the upper, not necessarily with its data."""
+        node = child(parent, name)
+        if node is None:
+            node = self._table.add(parent, name, hit.entry.of_object, hit.ino, directory=stat.S_ISDIR(hit.st.st_mode))
+        yield from self._copy_up.node(node, data=False)
+        if node.entry.index is not None:
+            self._copy_up.alias(parent, name, node.entry.index)
+        self._table.settle(node)
+
+    # Objects that the index has: the union's names of them are counted.
+
+    def is_counted(self, hit: Hit) -> bool:
+        """Whether a name in a lower is one of several, so that it must be in the upper before it can go."""
+        return not hit.entry.upper and hit.entry.name is not None
+
+    def before_counting(self, entry: Entry) -> None:
+        """A name of the object is about to be made or removed."""
+        if entry.index is not None and self._resolver.index is not None:
+            self._resolver.index.settle(entry.index)
+
+    def expect_index(self, place: Place, entry: Entry) -> None:
+        """Mark the upper directory, so that an object of the index is known for one under its new name."""
+        if entry.index is not None:
+            self._copy_up.mark_impure(place.parent, place.dirfd, required=True)
+
+    def after_counting(self, entry: Entry) -> None:
+        """A name of the object was removed, perhaps the last one."""
+        if entry.index is not None and self._resolver.index is not None:
+            self._resolver.index.retire(entry.index)
 
     def whiteout(self, place: Place) -> None:
         """Hide the lowers' name: the publishing call itself where the upper has nothing under that name."""
@@ -146,24 +180,22 @@ class Places:
                 raise fail(errno.EXDEV) from exc
             raise
 
-    def redirect_data(self, here: Place, there: Place | None) -> None:
-        """Before the file `here` of the upper gets another name, `there` or one more: say where its data is.
+    def redirect_data(self, fd: syscalls.Fd, here: Place, there: Place | None) -> None:
+        """Before the file `fd` of the upper, which is `here`, is `there` or gets one more name: say where its data is.
 
         A name is good for a file with one link that stays in its directory, a path for all others. EIO for a file
         whose data cannot be found, and never would again.
         """
-        if not self._resolver.impure(here.parent):
+        st = os.fstat(fd.fd)
+        marks = read_data_marks(fd.fd) if stat.S_ISREG(st.st_mode) else None
+        if marks is None or (marks.redirect is not None and marks.redirect.absolute):
             return
-        with syscalls.open_object(here.dirfd, here.name) as fd:
-            marks = read_data_marks(fd.fd) if stat.S_ISREG(os.fstat(fd.fd).st_mode) else None
-            if marks is None or (marks.redirect is not None and marks.redirect.absolute):
-                return
-            if not self._resolver.metacopy:
-                raise fail(errno.EIO, here.name)
-            if there is None or here.parent is not there.parent or os.fstat(fd.fd).st_nlink > 1:
-                self.mark_redirect(fd, lower_path(here, marks.redirect))
-            elif marks.redirect is None:
-                self.mark_redirect(fd, fmt.Redirect(False, (here.name,)))
+        if not self._resolver.metacopy:
+            raise fail(errno.EIO, here.name)
+        if there is None or here.parent is not there.parent or st.st_nlink > 1:
+            self.mark_redirect(fd, lower_path(here, marks.redirect))
+        elif marks.redirect is None:
+            self.mark_redirect(fd, fmt.Redirect(False, (here.name,)))
 
     def require_empty(self, parent: DirNode, name: bytes, hit: Hit) -> None:
         node = child(parent, name)

@@ -19,9 +19,10 @@ from . import format as fmt
 from . import intent, syscalls
 from .copyup import CopyUp, apply_metadata, read_metadata
 from .inodes import UPPER, DirNode, Entry, NodeTable, child
-from .lookup import Hit, Resolver, stat_or_none
+from .lookup import Hit, Resolver
 from .places import Place, Places, fail, lower_path, path_of
 from .steps import Op
+from .syscalls import stat_or_none
 from .workdir import Workdir
 
 RENAME_FLAGS: Final = syscalls.RENAME_NOREPLACE | syscalls.RENAME_EXCHANGE
@@ -51,9 +52,9 @@ class Renames:
             self._check_rename(source, target, new_name, flags)
             exchange = bool(flags & syscalls.RENAME_EXCHANGE)
             if not source.entry.upper:
-                yield from self._to_upper(parent, name, source)
-            elif exchange and target is not None and not target.entry.upper:
-                yield from self._to_upper(new_parent, new_name, target)
+                yield from self._places.to_upper(parent, name, source)
+            elif target is not None and not target.entry.upper and (exchange or self._places.is_counted(target)):
+                yield from self._places.to_upper(new_parent, new_name, target)
             else:
                 break  # nothing was awaited since both were looked at
         here = Place(parent, self._copy_up.directory(parent), name)
@@ -62,13 +63,6 @@ class Renames:
             self._exchange(here, there, source, target)
         elif not self._same_object(here, there):
             self._rename(here, there, source, target)
-
-    def _to_upper(self, parent: DirNode, name: bytes, hit: Hit) -> Op[None]:
-        node = child(parent, name)
-        if node is None:
-            node = self._table.add(parent, name, hit.entry, hit.ino, directory=stat.S_ISDIR(hit.st.st_mode))
-        yield from self._copy_up.node(node, data=False)
-        self._table.settle(node)
 
     def _check_rename(self, source: Hit, target: Hit | None, new_name: bytes, flags: int) -> None:
         if fmt.is_reserved(new_name):
@@ -107,15 +101,21 @@ class Renames:
 
     def _prepare(self, here: Place, there: Place, hit: Hit) -> None:
         """Before an object moves: one with lowers says what they call it, a directory without hides what it covers."""
+        self._places.expect_index(there, hit.entry)
         if not stat.S_ISDIR(hit.st.st_mode):
             if stat.S_ISREG(hit.st.st_mode):
-                self._places.redirect_data(here, there)
+                self._redirect_data(here, there)
             return
         if hit.entry.lowers:
             self._redirect(here, hit, relative=here.parent is there.parent)
         elif self._resolver.lower_has(there.parent, there.name):
             with syscalls.open_dir(here.dirfd, here.name) as fd:
                 self._work.mark_opaque(fd.fd)
+
+    def _redirect_data(self, here: Place, there: Place) -> None:
+        if self._resolver.impure(here.parent):
+            with syscalls.open_object(here.dirfd, here.name) as fd:
+                self._places.redirect_data(fd, here, there)
 
     def _redirect(self, here: Place, hit: Hit, *, relative: bool) -> None:
         """Record what the directory `here` is called in the lowers, if it is not recorded yet (ovl_set_redirect)."""
@@ -135,6 +135,7 @@ class Renames:
         self._prepare(here, there, source)
         if target is not None:
             self._places.hold(child(there.parent, there.name))
+            self._places.before_counting(target.entry)
         is_dir = stat.S_ISDIR(source.st.st_mode)
         if self._resolver.lower_has(here.parent, here.name):
             self._move_and_whiteout(here, there, target, is_dir)
@@ -142,6 +143,8 @@ class Renames:
             self._move(here, there, is_dir)
         self._table.unname(there.parent, there.name)
         self._table.move(here.parent, here.name, there.parent, there.name)
+        if target is not None:
+            self._places.after_counting(target.entry)
         self._places.unhide(there)
 
     def _clear(self, place: Place, hit: Hit) -> None:

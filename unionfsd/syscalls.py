@@ -167,6 +167,14 @@ def stat_at(dirfd: int, name: bytes) -> os.stat_result:
     return os.stat(name, dir_fd=dirfd, follow_symlinks=False)
 
 
+def stat_or_none(dirfd: int, name: bytes) -> os.stat_result | None:
+    """lstat of `name` beneath `dirfd`, None when there is nothing."""
+    try:
+        return stat_at(dirfd, name)
+    except FileNotFoundError:
+        return None
+
+
 def getxattr(fd: int, name: bytes) -> bytes:
     """Value of an xattr of the object `fd` (O_PATH allowed); ENODATA when there is none."""
     return os.getxattr(proc_path(fd), name)

@@ -118,6 +118,10 @@ class Case:
             self.verified.append(raw)
         return self.comparable(seen)
 
+    def seen(self, union: Union) -> Tree:
+        """What a mount shows."""
+        return self.comparable(union_snapshot(union))
+
     def comparable(self, tree: Tree) -> Tree:
         return timeless(settled(tree, self.since_ns))
 
@@ -217,7 +221,7 @@ def fail_everywhere(case: Case) -> None:
         union = case.union(stack)
         with Failing(index, number):
             got = attempt(case.scenario.operation, Client(union))
-        seen = case.comparable(union_snapshot(union))
+        seen = case.seen(union)
         union.close()
         # What could not be cleaned away is left to the next mount.
         litter = [] if case.calls[index] in ("unlink_at", "rmdir_at") else stack.litter()

@@ -267,7 +267,7 @@ def test_what_callers_add_passes_in_silence(text: str) -> None:
     assert config(text).warnings == ()
 
 
-@pytest.mark.parametrize("name", ["index", "nfs_export", "xino", "uuid"])
+@pytest.mark.parametrize("name", ["nfs_export", "xino", "uuid"])
 def test_what_overlayfs_can_and_we_cannot_yet_is_a_warning(name: str) -> None:
     (warning,) = config(f"{name}=on").warnings
     assert warning.startswith(f"{name}=on is not supported yet")

@@ -53,6 +53,7 @@ class MountConfig:
     redirect_dir: RedirectDir = "on"
     metacopy: Switch = "off"
     verity: Verity = "off"
+    index: Literal["auto", "on", "off"] = "auto"
     timeout: float = FOREVER
     """Seconds the kernel may cache names (also absent ones) and attributes."""
     uid: int | None = None

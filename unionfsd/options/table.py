@@ -353,7 +353,14 @@ GROUPS: Final[tuple[tuple[str, tuple[Option, ...]], ...]] = (
                 "off|on",
                 "off",
             ),
-            Option("index", Later(("off",), ("on",)), "Hard links that survive copy-up.", "off|on", "off"),
+            Option(
+                "index",
+                Value("index", one_of("auto", "on", "off")),
+                "Hard links of lowers survive copy-up: all names show the one copy. `auto` does so where layers can "
+                "(file handles, xattrs) unless the upper was used with another topmost lower, which `on` refuses.",
+                "auto|on|off",
+                "auto",
+            ),
             Option("nfs_export", Later(("off",), ("on",)), "File handles that survive a remount.", "off|on", "off"),
             Option("xino", Later(("off", "auto"), ("on",)), "Inode numbers kept over remounts.", "off|auto|on", "off"),
             Option(
