@@ -34,7 +34,9 @@ log = logging.getLogger(__name__)
 _LOCK_PATIENCE: Final = 2.0
 
 _INO_BITS: Final = 56
-_INO_MASK: Final = (1 << _INO_BITS) - 1
+_ALL_BITS: Final = (1 << 64) - 1
+#: 2**64 divided by the golden ratio (Knuth, TAOCP 6.4, multiplicative hashing).
+_SPREAD: Final = 0x9E3779B97F4A7C15
 
 
 class DirEntry(Protocol):
@@ -253,7 +255,8 @@ def is_xattr_whiteout(dirfd: int, name: bytes) -> bool:
 
 
 def _fold(ino: int) -> int:
-    return (ino ^ (ino >> _INO_BITS)) & _INO_MASK if ino >> _INO_BITS else ino
+    """`ino` in `_INO_BITS` bits; large ones, such as those of a union below, are spread so that they do not meet."""
+    return (ino * _SPREAD & _ALL_BITS) >> (64 - _INO_BITS) if ino >> _INO_BITS else ino
 
 
 class LayerStack:

@@ -362,7 +362,14 @@ GROUPS: Final[tuple[tuple[str, tuple[Option, ...]], ...]] = (
                 "auto",
             ),
             Option("nfs_export", Later(("off",), ("on",)), "File handles that survive a remount.", "off|on", "off"),
-            Option("xino", Later(("off", "auto"), ("on",)), "Inode numbers kept over remounts.", "off|auto|on", "off"),
+            Option(
+                "xino",
+                Later(("auto", "on", "off"), ()),
+                "Inode numbers are unique over the layers' file systems and kept over remounts in any case: the mount "
+                "has one device number.",
+                "auto|on|off",
+                "on",
+            ),
             Option(
                 "uuid",
                 Later(("null", "off", "auto"), ("on",)),
