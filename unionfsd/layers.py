@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 _LOCK_PATIENCE: Final = 2.0
 
 _INO_BITS: Final = 56
-_ALL_BITS: Final = (1 << 64) - 1
 #: 2**64 divided by the golden ratio (Knuth, TAOCP 6.4, multiplicative hashing).
 _SPREAD: Final = 0x9E3779B97F4A7C15
 
@@ -240,12 +239,11 @@ def read_data_marks(fd: int) -> DataMarks | None:
 def exists(dirfd: int, name: bytes) -> bool:
     """Whether `name` is in the directory `dirfd`; a name too long for the file system is not."""
     try:
-        syscalls.stat_at(dirfd, name)
+        return syscalls.stat_or_none(dirfd, name) is not None
     except OSError as exc:
-        if exc.errno in (errno.ENOENT, errno.ENAMETOOLONG):
-            return False
-        raise
-    return True
+        if exc.errno != errno.ENAMETOOLONG:
+            raise
+        return False
 
 
 def is_xattr_whiteout(dirfd: int, name: bytes) -> bool:
@@ -256,7 +254,7 @@ def is_xattr_whiteout(dirfd: int, name: bytes) -> bool:
 
 def _fold(ino: int) -> int:
     """`ino` in `_INO_BITS` bits; large ones, such as those of a union below, are spread so that they do not meet."""
-    return (ino * _SPREAD & _ALL_BITS) >> (64 - _INO_BITS) if ino >> _INO_BITS else ino
+    return (ino * _SPREAD % 2**64) >> (64 - _INO_BITS) if ino >> _INO_BITS else ino
 
 
 class LayerStack:

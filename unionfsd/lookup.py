@@ -391,9 +391,9 @@ class Resolver:
     def _leaf_ino(self, parent: DirNode, dirfd: int, name: bytes, st: os.stat_result, *, indexed: bool = False) -> int:
         """A copied-up object keeps the number of the lower it came from.
 
-        One with several names does not, unless all are one object by the index: other names of the lower have it.
+        Where that has several names they share it only if they are one object, by the index.
         """
-        if (st.st_nlink == 1 or indexed) and self._roots and (self.impure(parent) or self.lower_has(parent, name)):
+        if self._roots and (self.impure(parent) or self.lower_has(parent, name)):
             with syscalls.open_object(dirfd, name) as fd:
                 values = (optional_xattr(fd.fd, attr) for attr in fmt.ORIGIN_NAMES)
                 origin = next((fmt.decode_origin(value) for value in values if value), None)

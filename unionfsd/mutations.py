@@ -210,7 +210,7 @@ class Mutations:
                 if node.parent is not None and not node.unlinked:
                     self._places.redirect_data(fd, Place(node.parent, -1, node.name), None)
                 self._places.before_counting(node.entry)
-                self._places.expect_index(place, node.entry)
+                self._places.expect_origin(place, node.entry, None if node.unlinked else node.parent)
                 self._places.publish_new(staged, place)
             except BaseException:
                 staged.abandon()

@@ -121,10 +121,14 @@ class Places:
         if entry.index is not None and self._resolver.index is not None:
             self._resolver.index.settle(entry.index)
 
-    def expect_index(self, place: Place, entry: Entry) -> None:
-        """Mark the upper directory, so that an object of the index is known for one under its new name."""
-        if entry.index is not None:
-            self._copy_up.mark_impure(place.parent, place.dirfd, required=True)
+    def expect_origin(self, place: Place, entry: Entry, here: DirNode | None) -> None:
+        """Mark the upper directory where an object gets a name, so that its origin is looked for: it comes from `here`.
+
+        What depends on that is the inode number after a remount, and for an object of the index what it is.
+        """
+        indexed = entry.index is not None
+        if indexed or (here is not None and here is not place.parent and self._resolver.impure(here)):
+            self._copy_up.mark_impure(place.parent, place.dirfd, required=indexed)
 
     def after_counting(self, entry: Entry) -> None:
         """A name of the object was removed, perhaps the last one."""

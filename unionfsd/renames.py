@@ -101,7 +101,7 @@ class Renames:
 
     def _prepare(self, here: Place, there: Place, hit: Hit) -> None:
         """Before an object moves: one with lowers says what they call it, a directory without hides what it covers."""
-        self._places.expect_index(there, hit.entry)
+        self._places.expect_origin(there, hit.entry, here.parent)
         if not stat.S_ISDIR(hit.st.st_mode):
             if stat.S_ISREG(hit.st.st_mode):
                 self._redirect_data(here, there)
