@@ -79,10 +79,24 @@ class Owned:
 
     __slots__ = ("_st", "st_gid", "st_uid")
 
-    def __init__(self, st: os.stat_result, uid: int | None, gid: int | None) -> None:
+    def __init__(self, st: StatLike, uid: int | None, gid: int | None) -> None:
         self._st = st
         self.st_uid = st.st_uid if uid is None else uid
         self.st_gid = st.st_gid if gid is None else gid
+
+    def __getattr__(self, name: str) -> int:
+        value: int = getattr(self._st, name)
+        return value
+
+
+class Elsewhere:
+    """The stat of a file whose data, and so its blocks, are another's."""
+
+    __slots__ = ("_st", "st_blocks")
+
+    def __init__(self, st: os.stat_result, blocks: int) -> None:
+        self._st = st
+        self.st_blocks = blocks
 
     def __getattr__(self, name: str) -> int:
         value: int = getattr(self._st, name)
@@ -100,13 +114,30 @@ class Attributes:
 
     def show(self, node: Node, st: os.stat_result) -> Attr:
         """What the mount shows for an object whose topmost layer says `st`."""
+        shown: StatLike = st
         if isinstance(node, DirNode):
             merged = len(node.entry.lowers) + node.entry.upper > 1
             nlink = 0 if node.unlinked else 1 if merged else st.st_nlink
         else:
             nlink = st.st_nlink - 1 if node.unlinked and not node.entry.upper else st.st_nlink
+            if node.entry.index is not None and self._resolver.index is not None:
+                nlink = max(0, nlink + self._resolver.index.extra(node.entry.index))
+            if self._resolver.follows_data and stat.S_ISREG(st.st_mode) and st.st_blocks * 512 < st.st_size:
+                shown = self._with_blocks(node, st)
         uid, gid = self._owner
-        return Attr(st if uid is None and gid is None else Owned(st, uid, gid), node.ino, nlink)
+        return Attr(shown if uid is None and gid is None else Owned(shown, uid, gid), node.ino, nlink)
+
+    def _with_blocks(self, node: Node, st: os.stat_result) -> StatLike:
+        """The same with the blocks of the file that has the data of `node`, whose object may have none of its own."""
+        try:
+            with self._resolver.open_object(node) as fd:
+                data = self._resolver.locate(node, fd.fd)
+            if data is None:
+                return st
+            blocks = syscalls.stat_at(data.lower.open(self._resolver.fds), data.name).st_blocks
+        except OSError:
+            return st  # where the data is not to be had, that is said to who wants to read it
+        return Elsewhere(st, blocks)
 
     def get(self, node: Node) -> Attr:
         return self.show(node, self._resolver.stat(node))
@@ -137,7 +168,7 @@ class Attributes:
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             if node.unlinked and not node.entry.upper:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-        yield from self._copy_up.node(node, size)
+        yield from self._copy_up.node(node, size, data=size is not None)
 
     def _apply(self, fd: int, change: SetAttr) -> None:
         if change.uid is not None or change.gid is not None:

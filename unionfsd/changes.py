@@ -19,7 +19,7 @@ from typing import Final, Literal, NamedTuple
 
 from . import format as fmt
 from . import syscalls
-from .inodes import DirNode, Entry
+from .inodes import DirNode, Entry, Node
 from .layers import LowerDir, optional_xattr, xattr_names
 from .listing import UpperNames, read_upper
 from .lookup import Hit, Resolver
@@ -194,13 +194,22 @@ class _Walk:
                 fields.append("xattrs")
             if stat.S_ISLNK(new.st.st_mode) and syscalls.readlink(upper.fd) != syscalls.readlink(lower.fd):
                 fields.append("target")
-            if not fields and stat.S_ISREG(new.st.st_mode) and not self._same_data(upper, lower):
-                fields.append("data")
+            if not fields and stat.S_ISREG(new.st.st_mode):
+                one, other = self._data(at.node, name, new, upper), self._data(at.base, name, old, lower)
+                if not self._same_data(one, other):
+                    fields.append("data")
         return tuple(fields)
 
-    def _same_data(self, upper: Fd, lower: Fd) -> bool:
+    def _data(self, parent: DirNode | None, name: bytes, hit: Hit, found: Fd) -> Fd:
+        """The data of a file whose object is `found`; it may be in another layer."""
+        source = self._resolver.locate(Node(0, parent, name, hit.entry, hit.ino), found.fd)
+        return syscalls.reopen(found.fd, os.O_RDONLY) if source is None else source.open(self._resolver.fds)
+
+    def _same_data(self, one: Fd, other: Fd) -> bool:
         """Whether two files of one size and time have the same bytes: times can be put back after a change."""
-        with syscalls.reopen(upper.fd, os.O_RDONLY) as one, syscalls.reopen(lower.fd, os.O_RDONLY) as other:
+        if os.path.sameopenfile(one.fd, other.fd):
+            return True
+        with one, other:
             at = 0
             while data := os.pread(one.fd, _CHUNK, at):
                 self._tick()

@@ -35,7 +35,9 @@ from unionfsd.errors import UserError, reason
 from unionfsd.options.table import OPTIONS, Option, Security, Value
 from unionfsd.options.text import read_path
 
-_BY_NAME: Final = {option.name: option for option in OPTIONS if option.name not in ("x-*", "lowerdir+")}
+_BY_NAME: Final = {
+    option.name.removesuffix("+"): option for option in OPTIONS if option.name not in ("x-*", "lowerdir+")
+}
 _OPPOSITES: Final = {"ro": "rw", "rw": "ro", "sync": "async", "async": "sync"}
 
 
@@ -137,16 +139,17 @@ class _Document:
         return said
 
     def _say(self, where: tuple[str, ...], value: object) -> Iterator[str]:
-        """A key and its value as text of -o; more than one for lowerdir."""
+        """A key and its value as text of -o; more than one for lists of layers."""
         key = where[-1]
         option = self._option(where)
-        if key == "lowerdir":
+        if key in ("lowerdir", "datadir"):
             paths = value if isinstance(value, list) else [value]
             if not paths:
-                self._refuse(where, "lowerdir is empty")
-            first, *rest = (_escaped(self._absolute(where, path)) for path in paths)
-            yield f"lowerdir={first}"
-            yield from (f"lowerdir+={path}" for path in rest)
+                self._refuse(where, f"{key} is empty")
+            texts = [_escaped(self._absolute(where, path)) for path in paths]
+            if key == "lowerdir":
+                yield f"lowerdir={texts.pop(0)}"
+            yield from (f"{key}+={text}" for text in texts)
         elif not option.argument:
             if not isinstance(value, bool):
                 self._refuse(where, f"{key} must be true or false")

@@ -8,6 +8,9 @@ Rules this file obeys:
 - Everything comes along or the copy-up fails: data with its holes, owner, mode, times, xattrs, ACLs, capabilities.
   What the upper cannot keep and nobody's security depends on is left out, and counted.
 - Data is on disk before its name is, unless the mount is volatile.
+- With metacopy, what is done to a file but to its data copies up no data, but a file with a hole and a mark. The data
+  follows when it is needed: a file with one name is replaced by a whole one in one call, one with several is filled and
+  then loses the mark.
 - One copy-up of a node at a time: others wait at its gate.
 """
 
@@ -22,29 +25,40 @@ from functools import partial
 from typing import Final
 
 from . import format as fmt
-from . import syscalls
+from . import syscalls, verity
 from .fdcache import FdCache
-from .inodes import UPPER, DirNode, Entry, Node
-from .layers import LowerDir, xattr_names
+from .filecopy import copy_data
+from .index import Index
+from .inodes import UPPER, DirNode, Entry, Node, OpenState, Source
+from .layers import LowerDir, exists, optional_xattr, read_data_marks, xattr_names
 from .lookup import Resolver
 from .metrics import Counters
 from .steps import Blocking, Gate, Op
-from .syscalls import UTIME_NOW, Fd
+from .syscalls import UTIME_NOW, UTIME_OMIT, Fd
 from .workdir import Staged, Workdir
 
 log = logging.getLogger(__name__)
 
-_CHUNK: Final = 1 << 20
 #: Files up to this size are copied without a thread where nothing has to be synced.
 _INLINE: Final = 64 * 1024
-_NO_COPY_RANGE: Final = {errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.ETXTBSY}
-_NO_CLONE: Final = _NO_COPY_RANGE | {errno.ENOTTY, errno.EISDIR, errno.EBADF}
 
 
 class CopyUp:
     """Copies nodes up for one mount."""
 
-    def __init__(self, resolver: Resolver, work: Workdir, fds: FdCache, counters: Counters) -> None:
+    def __init__(
+        self,
+        resolver: Resolver,
+        work: Workdir,
+        fds: FdCache,
+        counters: Counters,
+        *,
+        metacopy: bool = False,
+        rekey: Callable[[Node, tuple[int, int]], None] = lambda node, key: None,
+    ) -> None:
+        """`rekey` is told which object of the upper a node has become that is in the index."""
+        self._rekey = rekey
+        self._metacopy = metacopy and work.abilities.can_redirect
         self._resolver = resolver
         self._work = work
         self._fds = fds
@@ -62,8 +76,11 @@ class CopyUp:
             self._one_directory(step)
         return self._resolver.upper_dir(node)
 
-    def node(self, node: Node, size: int | None = None) -> Op[None]:
-        """See that `node` is in the upper. With `size`, of a regular file only so many bytes, as if truncated now."""
+    def node(self, node: Node, size: int | None = None, *, data: bool = True) -> Op[None]:
+        """See that `node` is in the upper. With `size`, of a regular file only so many bytes, as if truncated now.
+
+        Without `data`, that may be left where it is.
+        """
         while not node.entry.upper:
             gate = None if node.open is None else node.open.gate
             if gate is not None:
@@ -71,7 +88,16 @@ class CopyUp:
             elif isinstance(node, DirNode):
                 self.directory(node)
             else:
-                yield from self._leaf(node, size)
+                yield from self._leaf(node, size, data=data)
+
+    def data(self, node: Node, size: int | None = None) -> Op[None]:
+        """See that `node`, a file of the upper, has its data itself. With `size`, as `node` has it, if that can be."""
+        while node.entry.data is not None:
+            gate = None if node.open is None else node.open.gate
+            if gate is not None:
+                yield gate
+            else:
+                yield from self._data(node, node.entry.data, size)
 
     def _one_directory(self, node: DirNode) -> None:
         lower = node.entry.lowers[0]
@@ -87,14 +113,49 @@ class CopyUp:
             raise
         self._fds.admit(node.handle, staged.fd)
 
-    def _leaf(self, node: Node, size: int | None) -> Op[None]:
+    def _leaf(self, node: Node, size: int | None, *, data: bool) -> Op[None]:
         lower = node.entry.lowers[0]
-        with syscalls.open_object(lower.open(self._fds), node.name) as source:
+        with syscalls.open_object(lower.open(self._fds), _below(node)) as source:
             metadata = read_metadata(source.fd)
             if not stat.S_ISREG(metadata.st.st_mode):
                 self._special(node, lower, source, metadata)
                 return
+            if not data and self._metadata_only(node, lower, source, metadata):
+                return
         yield from self._regular(node, lower, metadata, size)
+
+    def _metadata_only(self, node: Node, lower: LowerDir, object_: Fd, metadata: Metadata) -> bool:
+        """Copy a regular file up without its data, if that may be: the data will be where it is now."""
+        if not self._metacopy:
+            return False
+        digest = self._recorded_digest(lower, object_, _below(node))
+        if digest is None and self._resolver.verity == "require":
+            return False
+        source = self._resolver.locate(node, object_.fd) or Source(lower, _below(node), None)
+        staged = self._work.stage_file(0o600)
+        try:
+            indexed = self._record_leaf_origin(staged.fd.fd, lower, node)
+            self._work.mark(staged.fd.fd, fmt.METACOPY, fmt.encode_metacopy(digest))
+            syscalls.truncate(staged.fd.fd, metadata.st.st_size)
+            apply_metadata(staged.fd.fd, metadata)
+            self._finish(node, staged, metadata.st.st_nlink if indexed else None)
+        except BaseException:
+            staged.abandon()
+            raise
+        node.entry = node.entry.with_data(source)
+        self._counters.copy_ups += 1
+        return True
+
+    def _recorded_digest(self, lower: LowerDir, object_: Fd, name: bytes) -> fmt.Digest | None:
+        """What is known of the data of a lower file that another digest of it could be compared with."""
+        if self._resolver.verity == "off":
+            return None
+        marks = read_data_marks(object_.fd)
+        if marks is not None:
+            return marks.digest
+        with lower.layer.open_data(lower.open(self._fds), name) as fd:
+            measured = syscalls.measure_verity(fd.fd)
+        return None if measured is None else fmt.Digest(*measured)
 
     def _special(self, node: Node, lower: LowerDir, source: Fd, metadata: Metadata) -> None:
         mode, rdev = metadata.st.st_mode, metadata.st.st_rdev
@@ -104,8 +165,8 @@ class CopyUp:
             staged = self._work.stage_node(mode, rdev)
         try:
             apply_metadata(staged.fd.fd, metadata)
-            self._record_origin(staged.fd.fd, lower, lower.open(self._fds), node.name)
-            self._finish(node, staged)
+            indexed = self._record_leaf_origin(staged.fd.fd, lower, node)
+            self._finish(node, staged, metadata.st.st_nlink if indexed else None)
         except BaseException:
             staged.abandon()
             raise
@@ -114,14 +175,17 @@ class CopyUp:
         state = node.state()
         gate = state.gate = Gate()
         try:
-            source = lower.layer.open_data(lower.open(self._fds), node.name)
+            source = lower.layer.open_data(lower.open(self._fds), _below(node))
+            elsewhere = self._resolver.locate(node, source.fd)
+            if elsewhere is not None:
+                source = elsewhere.open(self._fds)
             staged = self._work.stage_file(0o600)
             try:
-                self._record_origin(staged.fd.fd, lower, lower.open(self._fds), node.name)
-                fill = partial(_fill, staged.fd, source, metadata, size, sync=not self._work.volatile)
+                indexed = self._record_leaf_origin(staged.fd.fd, lower, node)
+                fill = partial(_fill, staged.fd, source, elsewhere, metadata, size, sync=not self._work.volatile)
                 yield from self._run(fill, metadata.st.st_size)
                 # The gate kept the node a lower one; names and parents are looked at only from here on.
-                self._finish(node, staged)
+                self._finish(node, staged, metadata.st.st_nlink if indexed else None)
             except BaseException:
                 staged.abandon()
                 raise
@@ -132,15 +196,86 @@ class CopyUp:
             state.gate = None
             gate.open()
 
+    def _data(self, node: Node, source: Source, size: int | None) -> Op[None]:
+        state = node.state()
+        gate = state.gate = Gate()
+        try:
+            if self._is_alone(node):
+                yield from self._replace(node, state, source, size)
+            else:
+                yield from self._fill_in_place(node, state, source)
+        finally:
+            state.gate = None
+            gate.open()
+
+    def _is_alone(self, node: Node) -> bool:
+        """Whether another object may take the place of an upper file: it has one name, and nobody may know others."""
+        return not node.unlinked and node.links is None and self._resolver.stat(node).st_nlink == 1
+
+    def _replace(self, node: Node, state: OpenState, source: Source, size: int | None) -> Op[None]:
+        """Stage a whole file and publish it in place of the one without data."""
+        staged = self._work.stage_file(0o600)
+        try:
+            length = self._resolver.stat(node).st_size if size is None else size
+            fill = partial(_fill_data, staged.fd, source.open(self._fds), source, length, sync=not self._work.volatile)
+            yield from self._run(fill, length)
+            # Meanwhile its attributes may have changed, and its names.
+            if not self._is_alone(node):
+                staged.abandon()
+                return
+            with self._resolver.open_object(node) as old:
+                self._keep_origin(staged.fd.fd, old.fd)
+                apply_metadata(staged.fd.fd, read_metadata(old.fd))
+            if size is not None:
+                syscalls.utimens(staged.fd.fd, UTIME_OMIT, UTIME_NOW)
+            assert node.parent is not None
+            dirfd = self._resolver.upper_dir(node.parent)
+            before = os.fstat(dirfd)
+            staged.publish_over(dirfd, node.name)
+            node.entry = UPPER
+            self._restore_times(dirfd, before)
+        except BaseException:
+            staged.abandon()
+            raise
+        self._fds.admit(state, staged.fd)
+        state.writable = True
+
+    def _keep_origin(self, target: int, source: int) -> None:
+        for name in fmt.ORIGIN_NAMES:
+            value = optional_xattr(source, name)
+            if value is not None:
+                syscalls.setxattr(target, name, value)
+
+    def _fill_in_place(self, node: Node, state: OpenState, source: Source) -> Op[None]:
+        """Give a file that has several names, or none, its data, and then take the mark away: that publishes it."""
+        with self._resolver.open_object(node) as found:
+            target = syscalls.reopen(found.fd, os.O_RDWR)
+        before = read_metadata(target.fd)
+        length, sync = before.st.st_size, not self._work.volatile
+        yield from self._run(partial(_fill_data, target, source.open(self._fds), source, length, sync=sync), length)
+        _restore_privileges(target.fd, before)
+        syscalls.utimens(target.fd, before.st.st_atime_ns, before.st.st_mtime_ns)
+        for name in xattr_names(target.fd):
+            if name in fmt.METACOPY_NAMES:
+                syscalls.removexattr(target.fd, name)
+        node.entry = UPPER
+        self._fds.admit(state, target)
+        state.writable = True
+
     def _run(self, fill: Callable[[], int], size: int) -> Op[None]:
         if self._work.volatile and size <= _INLINE:
             self._counters.copied_bytes += fill()
         else:
             self._counters.copied_bytes += yield Blocking(fill)
 
-    def _finish(self, node: Node, staged: Staged) -> None:
-        """Publish under the name that `node` has now; one that has none lives on in its descriptor."""
-        if node.unlinked:
+    def _finish(self, node: Node, staged: Staged, names: int | None) -> None:
+        """Publish under the name that `node` has now; one that has none lives on in its descriptor.
+
+        `names`: how many the lower has, if they are to be kept together.
+        """
+        if names is not None and self._resolver.index is not None and not node.unlinked:
+            self._publish_in_index(self._resolver.index, node, staged, names)
+        elif node.unlinked:
             node.state().orphan = syscalls.reopen(staged.fd.fd, os.O_PATH)
             node.entry = UPPER
             staged.abandon()
@@ -148,6 +283,35 @@ class CopyUp:
             assert node.parent is not None
             self.directory(node.parent)
             self._publish(staged, node)
+
+    def _publish_in_index(self, index: Index, node: Node, staged: Staged, lower_nlink: int) -> None:
+        """Publish an object whose lower has several names: from then on it is that, under all of them."""
+        lower = node.entry.lowers[0]
+        name_there = index.name_of(lower.layer, lower.open(self._fds), _below(node))
+        index.mark_new(staged.fd.fd)
+        staged.publish(index.prepare(), name_there)
+        index.added(name_there, lower_nlink)
+        node.entry = Entry(True, (), index=name_there)
+        st = os.fstat(staged.fd.fd)
+        self._rekey(node, (st.st_dev, st.st_ino))
+        assert node.parent is not None
+        self.alias(node.parent, node.name, name_there, lower_nlink)
+
+    def alias(self, parent: DirNode, name: bytes, index_name: bytes, lower_nlink: int | None = None) -> None:
+        """Give an object of the index a `name` in the upper that the union has of it already, by a lower."""
+        index = self._resolver.index
+        assert index is not None
+        dirfd = self.directory(parent)
+        if exists(dirfd, name):
+            return
+        if lower_nlink is None:
+            found = self._resolver.find_lower(parent, name)
+            assert found is not None
+            lower_nlink = syscalls.stat_at(found.entry.lowers[0].open(self._fds), name).st_nlink
+        before = os.fstat(dirfd)
+        self.mark_impure(parent, dirfd)
+        index.link(index_name, lower_nlink, dirfd, name)
+        self._restore_times(dirfd, before)
 
     def _publish(self, staged: Staged, node: Node) -> None:
         assert node.parent is not None
@@ -168,28 +332,48 @@ class CopyUp:
         except OSError as exc:
             self._skip("times of the parent", exc)
 
-    def mark_impure(self, parent: DirNode, dirfd: int) -> None:
-        """Say that an upper directory holds copied-up objects (ovl_set_impure). Best effort: it only saves work."""
+    def mark_impure(self, parent: DirNode, dirfd: int, *, required: bool = False) -> None:
+        """Say that an upper directory holds copied-up objects (ovl_set_impure). Best effort, unless `required`."""
         if self._resolver.impure(parent):
             return
-        parent.impure = True
         try:
             self._work.mark(dirfd, fmt.IMPURE, fmt.OPAQUE_YES)
         except OSError as exc:
+            if required:
+                raise
             self._skip("impure mark", exc)
+        parent.impure = True
 
-    def _record_origin(self, fd: int, lower: LowerDir, dirfd: int, name: bytes) -> None:
-        """Record where the object came from. Best effort: without it the inode number changes at the next mount."""
+    def _record_leaf_origin(self, fd: int, lower: LowerDir, node: Node) -> bool:
+        """Record where a file or the like came from; returns whether it goes to the index, which needs that."""
+        indexed = self._resolver.index is not None and node.entry.name is not None
+        recorded = self._record_origin(fd, lower, lower.open(self._fds), _below(node), required=indexed)
+        return indexed and recorded
+
+    def _record_origin(self, fd: int, lower: LowerDir, dirfd: int, name: bytes, *, required: bool = False) -> bool:
+        """Record where the object came from. Best effort: without it the inode number changes at the next mount.
+
+        Where it is `required`, only what cannot have the mark at all goes without.
+        """
         try:
             kind, handle = syscalls.file_handle(dirfd, name)
             origin = fmt.encode_origin(fmt.Origin(kind, handle, lower.layer.uuid))
             self._work.mark(fd, fmt.ORIGIN, origin)
         except (OSError, ValueError) as exc:
+            if required and isinstance(exc, OSError) and exc.errno not in (errno.EOPNOTSUPP, errno.EPERM):
+                raise
             self._skip("origin", exc)
+            return False
+        return True
 
     def _skip(self, what: str, exc: Exception) -> None:
         self._counters.skipped_marks += 1
         log.debug("copy-up: no %s: %s", what, exc)
+
+
+def _below(node: Node) -> bytes:
+    """What the lower calls a node that is there."""
+    return node.entry.name or node.name
 
 
 class Metadata:
@@ -233,10 +417,16 @@ def _copy_xattr(fd: int, name: bytes, value: bytes) -> None:
         log.debug("copy-up: the upper keeps no xattr %s", os.fsdecode(name))
 
 
-def _fill(target: Fd, source: Fd, metadata: Metadata, size: int | None, *, sync: bool) -> int:
-    """Give `target` the data and the metadata of `source`; returns the bytes copied. Runs in a thread."""
+def _fill(target: Fd, source: Fd, elsewhere: Source | None, metadata: Metadata, size: int | None, *, sync: bool) -> int:
+    """Give `target` the data of `source` and `metadata`; returns the bytes copied. Runs in a thread.
+
+    `elsewhere`: where `source` is, if that is not the object that `metadata` is of.
+    """
     length = metadata.st.st_size if size is None else min(size, metadata.st.st_size)
-    copied = copy_data(source.fd, target.fd, length, metadata.st)
+    if elsewhere is None:
+        copied = copy_data(source.fd, target.fd, length, metadata.st)
+    else:
+        copied = _fill_data(target, source, elsewhere, length, sync=False)
     apply_metadata(target.fd, metadata)
     if size is not None:
         syscalls.utimens(target.fd, metadata.st.st_atime_ns, UTIME_NOW)
@@ -245,73 +435,24 @@ def _fill(target: Fd, source: Fd, metadata: Metadata, size: int | None, *, sync:
     return copied
 
 
-def copy_data(source: int, target: int, length: int, st: os.stat_result) -> int:
-    """Copy the first `length` bytes of `source`, whose fstat is `st`, into the empty `target`; returns bytes copied.
-
-    Shares blocks where the file system can; otherwise holes stay holes.
-    """
-    if length == st.st_size and _clone(source, target):
-        return 0
-    copied = 0
-    for start, end in _extents(source, length, st):
-        _copy_extent(source, target, start, end)
-        copied += end - start
-    syscalls.truncate(target, length)
+def _fill_data(target: Fd, source: Fd, where: Source, length: int, *, sync: bool) -> int:
+    """Give `target` the first `length` bytes of `source`, checked if they must be; returns the bytes copied."""
+    if where.digest is not None and length:
+        verity.check(source, where.digest, where.path)
+    st = os.fstat(source.fd)
+    copied = copy_data(source.fd, target.fd, min(length, st.st_size), st)
+    if length != st.st_size:
+        syscalls.truncate(target.fd, length)
+    if sync:
+        syscalls.fsync(target.fd)
     return copied
 
 
-def _clone(source: int, target: int) -> bool:
-    try:
-        syscalls.clone(target, source)
-    except OSError as exc:
-        if exc.errno in _NO_CLONE:
-            return False
-        raise
-    return True
-
-
-def _extents(fd: int, length: int, st: os.stat_result) -> list[tuple[int, int]]:
-    """Ranges of the first `length` bytes of `fd` that hold data."""
-    if not length:
-        return []
-    if st.st_blocks * 512 >= st.st_size:
-        return [(0, length)]
-    ranges = []
-    end = 0
-    while end < length:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError as exc:
-            if exc.errno == errno.ENXIO:
-                break
-            if exc.errno in (errno.EINVAL, errno.EOPNOTSUPP):
-                return [(0, length)]
-            raise
-        if start >= length:
-            break
-        end = min(os.lseek(fd, start, os.SEEK_HOLE), length)
-        ranges.append((start, end))
-    return ranges
-
-
-def _copy_extent(source: int, target: int, start: int, end: int) -> None:
-    at = start
-    while at < end:
-        done = _copy_range(source, target, end - at, at)
-        if not done:
-            break
-        at += done
-    while at < end:
-        data = os.pread(source, min(_CHUNK, end - at), at)
-        if not data:
-            raise OSError(errno.EIO, "lower file shrank while it was copied up")
-        at += syscalls.pwrite(target, data, at)
-
-
-def _copy_range(source: int, target: int, count: int, offset: int) -> int:
-    try:
-        return syscalls.copy_range(source, target, count, offset, offset)
-    except OSError as exc:
-        if exc.errno in _NO_COPY_RANGE:
-            return 0
-        raise
+def _restore_privileges(fd: int, before: Metadata) -> None:
+    """Give a file back what writing to it took away."""
+    capability = before.xattrs.get(fmt.CAPABILITY)
+    if capability is not None:
+        syscalls.setxattr(fd, fmt.CAPABILITY, capability)
+    lost = stat.S_IMODE(before.st.st_mode) & ~os.fstat(fd).st_mode & (stat.S_ISUID | stat.S_ISGID)
+    if lost:
+        syscalls.chmod(fd, stat.S_IMODE(before.st.st_mode))

@@ -21,8 +21,8 @@ from . import format as fmt
 from . import syscalls
 from .inodes import DirNode, Entry, Node
 from .layers import Layer, exists, optional_xattr, read_marks, xattr_names
-from .lookup import Hit, Resolver, stat_or_none
-from .syscalls import Fd
+from .lookup import Hit, Resolver
+from .syscalls import Fd, stat_or_none
 from .workdir import is_whiteout
 
 Role = Literal["gives", "merged", "covered", "hidden"]

@@ -30,6 +30,9 @@ WHITEOUT: Final = b"whiteout"
 ORIGIN: Final = b"origin"
 IMPURE: Final = b"impure"
 REDIRECT: Final = b"redirect"
+METACOPY: Final = b"metacopy"
+NLINK: Final = b"nlink"
+UPPER: Final = b"upper"
 
 OPAQUE_YES: Final = b"y"
 #: The directory is not opaque but may hold xattr whiteouts (Linux 6.7).
@@ -39,7 +42,9 @@ OPAQUE_XWHITEOUTS: Final = b"x"
 OPAQUE_NAMES: Final = (TRUSTED + OPAQUE, USER + OPAQUE, b"user.fuseoverlayfs.opaque")
 WHITEOUT_NAMES: Final = (TRUSTED + WHITEOUT, USER + WHITEOUT)
 ORIGIN_NAMES: Final = (TRUSTED + ORIGIN, USER + ORIGIN)
-METACOPY_NAMES: Final = (TRUSTED + b"metacopy", USER + b"metacopy")
+METACOPY_NAMES: Final = (TRUSTED + METACOPY, USER + METACOPY)
+NLINK_NAMES: Final = (TRUSTED + NLINK, USER + NLINK)
+UPPER_NAMES: Final = (TRUSTED + UPPER, USER + UPPER)
 IMPURE_NAMES: Final = (TRUSTED + IMPURE, USER + IMPURE)
 REDIRECT_NAMES: Final = (TRUSTED + REDIRECT, USER + REDIRECT)
 
@@ -124,6 +129,54 @@ def decode_redirect(value: bytes) -> Redirect:
     return Redirect(absolute, names)
 
 
+class Digest(NamedTuple):
+    """An fs-verity digest: `algorithm` is an FS_VERITY_HASH_ALG_*, 1 for SHA-256 and 2 for SHA-512."""
+
+    algorithm: int
+    value: bytes
+
+
+class Nlink(NamedTuple):
+    """How many names the union has of an object: its link count in the upper, or that `of_lower`, and `difference`."""
+
+    of_lower: bool
+    difference: int
+
+
+def encode_nlink(nlink: Nlink) -> bytes:
+    """The value of the nlink xattr (ovl_set_nlink_common)."""
+    return b"%c%+d" % (b"L" if nlink.of_lower else b"U", nlink.difference)
+
+
+def decode_nlink(value: bytes) -> Nlink | None:
+    """Decode the nlink xattr; None for a value that is invalid (ovl_get_nlink)."""
+    if value[:1] not in (b"U", b"L") or value[1:2] not in (b"+", b"-") or not value[2:].isdigit():
+        return None
+    return Nlink(value[:1] == b"L", int(value[1:]))
+
+
+_METACOPY_HEAD: Final = struct.Struct("BBBB")
+
+
+def encode_metacopy(digest: Digest | None) -> bytes:
+    """The value of the metacopy xattr (struct ovl_metacopy); empty, as old kernels have it, without a digest."""
+    if digest is None:
+        return b""
+    return _METACOPY_HEAD.pack(0, _METACOPY_HEAD.size + len(digest.value), 0, digest.algorithm) + digest.value
+
+
+def decode_metacopy(value: bytes) -> Digest | None:
+    """The digest in a metacopy xattr, None for none; EIO for a value that is invalid (ovl_check_metacopy_xattr)."""
+    if not value:
+        return None
+    if len(value) < _METACOPY_HEAD.size:
+        raise OSError(errno.EIO, "invalid metacopy xattr in a layer")
+    version, size, flags, algorithm = _METACOPY_HEAD.unpack_from(value)
+    if version or flags or size != len(value) or bool(algorithm) != (size > _METACOPY_HEAD.size):
+        raise OSError(errno.EIO, "invalid metacopy xattr in a layer")
+    return Digest(algorithm, value[_METACOPY_HEAD.size :]) if algorithm else None
+
+
 def is_internal(name: bytes) -> bool:
     """Whether an xattr of a layer belongs to the format and is not shown to users of the mount."""
     if name.startswith(_NAMESPACES):
@@ -171,16 +224,18 @@ _ORIGIN_HEAD: Final = struct.Struct("BBBBB16s")
 _ORIGIN_MAGIC: Final = 0xFB
 _ORIGIN_BIG_ENDIAN: Final = 1
 _ORIGIN_ANY_ENDIAN: Final = 2
+#: The handle is of an object of the upper.
+ORIGIN_OF_UPPER: Final = 4
 _ORIGIN_FLAGS: Final = 7
 _CPU_ENDIAN: Final = _ORIGIN_BIG_ENDIAN if sys.byteorder == "big" else 0
 
 
-def encode_origin(origin: Origin) -> bytes:
-    """The value of the origin xattr; ValueError when the handle is too long for its one-byte length."""
+def encode_origin(origin: Origin, flags: int = 0) -> bytes:
+    """The value of the origin xattr; `flags` are 0 or ORIGIN_OF_UPPER. ValueError when the handle is too long."""
     size = _ORIGIN_HEAD.size + len(origin.handle)
     if size > 0xFF or not 0 <= origin.kind <= 0xFF:
         raise ValueError("file handle does not fit an origin")
-    return _ORIGIN_HEAD.pack(0, _ORIGIN_MAGIC, size, _CPU_ENDIAN, origin.kind, origin.uuid) + origin.handle
+    return _ORIGIN_HEAD.pack(0, _ORIGIN_MAGIC, size, _CPU_ENDIAN | flags, origin.kind, origin.uuid) + origin.handle
 
 
 def decode_origin(value: bytes) -> Origin | None:

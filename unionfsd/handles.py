@@ -16,7 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final, TypeAlias
 
-from . import syscalls
+from . import syscalls, verity
 from .copyup import CopyUp
 from .fdcache import FdCache
 from .inodes import DirNode, Node, NodeTable, OpenState
@@ -55,14 +55,13 @@ class Handles:
             if truncate:
                 syscalls.truncate(fd.fd, 0)
         else:
-            self._readable(node)
+            yield from self._readable(node)
         node.state().opens += 1
 
     def opened(self, node: Node, fd: Fd) -> None:
         """Count the open of a file that was just created with the O_RDWR descriptor `fd`."""
         state = node.state()
-        self._fds.admit(state, fd)
-        state.writable = True
+        self._admit(state, fd, writable=True)
         state.opens += 1
 
     def release(self, node: Node) -> None:
@@ -71,32 +70,53 @@ class Handles:
             node.open.opens -= 1
             self._table.settle(node)
 
-    def _readable(self, node: Node) -> Fd:
+    def _readable(self, node: Node) -> Op[Fd]:
+        """The descriptor of the data; what was recorded of it is checked when it is first opened."""
         state = node.state()
-        if state.fd is not None:
-            state.hot = True
-            return state.fd
-        fd = self._open(node, state, write=False)
+        while state.fd is None:
+            fd = self._open(node, state, write=False)
+            data = node.entry.data
+            if data is None or data.digest is None:
+                self._admit(state, fd)
+                return fd
+            yield Blocking(partial(verity.check, fd, data.digest, data.path))
+            # Meanwhile it may have been copied up; if not, it need not be checked again.
+            if node.entry.data is data:
+                node.entry = node.entry.with_data(data._replace(digest=None))
+        state.hot = True
+        return state.fd
+
+    def _admit(self, state: OpenState, fd: Fd, *, writable: bool = False) -> None:
         self._fds.admit(state, fd)
-        state.writable = False
-        return fd
+        state.writable = writable
 
     def writable(self, node: Node, size: int | None = None) -> Op[Fd]:
         """The O_RDWR descriptor of a regular file, copied up first if need be: of its data only `size` bytes then."""
         if self._copy_up is None:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        if not node.entry.upper:
-            yield from self._copy_up.node(node, size)
-        state = node.state()
-        if state.fd is not None and state.writable:
-            state.hot = True
-            return state.fd
-        fd = self._open(node, state, write=True)
-        self._fds.admit(state, fd)
-        state.writable = True
-        return fd
+        while True:
+            if not node.entry.upper:
+                yield from self._copy_up.node(node, size)
+            state = node.state()
+            if state.fd is not None and state.writable:
+                state.hot = True
+                return state.fd
+            fd = self._open(node, state, write=True)
+            if node.entry.data is None:
+                self._admit(state, fd, writable=True)
+                return fd
+            yield from self._copy_up.data(node, size)
 
     def _open(self, node: Node, state: OpenState, *, write: bool) -> Fd:
+        """The object opened; to read, the file that has its data."""
+        data = node.entry.data
+        if data is not None and not write:
+            return data.open(self._fds)
+        fd = self._open_object(node, state, write=write)
+        data = self._resolver.locate(node, fd.fd)
+        return fd if data is None or write else data.open(self._fds)
+
+    def _open_object(self, node: Node, state: OpenState, *, write: bool) -> Fd:
         if state.orphan is not None:
             return syscalls.reopen(state.orphan.fd, os.O_RDWR if write else os.O_RDONLY)
         dirfd, name = self._resolver.spot(node)
@@ -108,7 +128,12 @@ class Handles:
 
     def readinto(self, node: Node, buffer: memoryview, offset: int) -> Op[int]:
         """Fill `buffer` from byte `offset`; returns the bytes read, fewer only at the end of the file."""
-        fd = self._readable(node)
+        state = node.open
+        if state is None or state.fd is None:
+            fd = yield from self._readable(node)
+        else:
+            state.hot = True
+            fd = state.fd
         try:
             done = os.preadv(fd.fd, [buffer], offset, os.RWF_NOWAIT)
         except OSError as exc:
@@ -146,8 +171,10 @@ class Handles:
         sync = syscalls.fdatasync if datasync else syscalls.fsync
         if isinstance(node, DirNode):
             fd = syscalls.reopen(self._resolver.upper_dir(node), os.O_RDONLY | os.O_DIRECTORY)
+        elif node.entry.data is not None:
+            fd = self._open_object(node, node.state(), write=False)
         else:
-            fd = self._readable(node)
+            fd = yield from self._readable(node)
         yield Blocking(partial(_on_fd, sync, fd))
 
     def fallocate(self, node: Node, mode: int, offset: int, length: int) -> Op[None]:
@@ -157,8 +184,8 @@ class Handles:
 
     def lseek(self, node: Node, offset: int, whence: int) -> Op[int]:
         """lseek(2) with SEEK_DATA or SEEK_HOLE; ENXIO past the end."""
-        yield from ()
-        return os.lseek(self._readable(node).fd, offset, whence)
+        fd = yield from self._readable(node)
+        return os.lseek(fd.fd, offset, whence)
 
     def backing(self, node: Node) -> Fd | None:
         """The descriptor of the file that the kernel may read and write in place of us while `node` is open.
@@ -166,12 +193,17 @@ class Handles:
         An upper file is O_RDWR, whatever it is opened for: all opens of a node must have the same. A lower one is given
         away only where nothing can be written: elsewhere a copy-up could not take it back (docs/performance.md).
         """
-        if not node.entry.upper:
-            return self._readable(node) if self._copy_up is None else None
         state = node.state()
-        if state.fd is None or not state.writable:
-            self._fds.admit(state, self._open(node, state, write=True))
-            state.writable = True
+        if not node.entry.upper:
+            if self._copy_up is not None:
+                return None
+            if state.fd is None:
+                self._admit(state, self._open(node, state, write=False))
+        elif state.fd is None or not state.writable:
+            fd = self._open(node, state, write=True)
+            if node.entry.data is not None:
+                return None
+            self._admit(state, fd, writable=True)
         return state.fd
 
     def ioctl(self, node: Node, command: int, data: bytes) -> Op[bytes]:
@@ -191,7 +223,7 @@ class Handles:
     def copy_file_range(self, source: Node, offset: int, target: Node, target_offset: int, length: int) -> Op[int]:
         """copy_file_range(2) between two files of the mount; EXDEV where the layers' file systems cannot."""
         out = yield from self.writable(target)
-        fd = self._readable(source)
+        fd = yield from self._readable(source)
         done: int = yield Blocking(partial(_copy_range, fd, out, length, offset, target_offset))
         return done
 

@@ -6,7 +6,7 @@ Rules this file obeys:
   and copy-up replaces; the truth is on the disk.
 - A node keeps its nodeid and its inode number for as long as the kernel knows it, whatever is copied up or renamed.
 - A node lives until the kernel has forgotten it and no living node has it as parent. Memory follows FORGET.
-- Upper objects with several names are one node; a name of a lower is a node of its own, as in overlayfs without index.
+- Objects with several names are one node; of a lower only where the index keeps them together.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
 from .fdcache import FdCache, Holder
-from .format import Redirect
+from .format import Digest, Redirect
 from .layers import LowerDir
 from .listing import Listing, LowerNames
 from .steps import Gate
@@ -26,20 +26,60 @@ from .syscalls import Fd
 ROOT_ID: Final = 1
 
 
+class Source(NamedTuple):
+    """Where data of a file is that has none of its own: `name` in `lower`; `digest` is one still to be checked."""
+
+    lower: LowerDir
+    name: bytes
+    digest: Digest | None
+
+    def open(self, fds: FdCache) -> Fd:
+        """A new O_RDONLY descriptor."""
+        return self.lower.layer.open_data(self.lower.open(fds), self.name)
+
+    @property
+    def path(self) -> str:
+        """Its path, for people."""
+        return os.fsdecode(b"/".join((self.lower.layer.path, *self.lower.components(), self.name)))
+
+
 class Entry:
     """What an object is made of; a value.
 
     `upper`: it is in the upper, under the very path it has in the union. `lowers`: for a directory, the lower
     directories merged into it, top first; for anything else, the one lower directory that holds it when it is not in
     the upper, else nothing. `redirect`: what the upper directory is called in the lowers, None for its own name.
+    `data`: where the data of a file is that has none of its own (metacopy); None also as long as nobody asked. `name`:
+    what the lower calls an object that has other names there, which the union may know it by. `index`: what the upper
+    object is called in the index; without `upper`, it has become that, but not under the name in question.
     """
 
-    __slots__ = ("lowers", "redirect", "upper")
+    __slots__ = ("data", "index", "lowers", "name", "redirect", "upper")
 
-    def __init__(self, upper: bool, lowers: tuple[LowerDir, ...], redirect: Redirect | None = None) -> None:
+    def __init__(
+        self,
+        upper: bool,
+        lowers: tuple[LowerDir, ...],
+        redirect: Redirect | None = None,
+        data: Source | None = None,
+        name: bytes | None = None,
+        index: bytes | None = None,
+    ) -> None:
         self.upper = upper
         self.lowers = lowers
         self.redirect = redirect
+        self.data = data
+        self.name = name
+        self.index = index
+
+    def with_data(self, data: Source | None) -> Entry:
+        """The same with its data elsewhere."""
+        return Entry(self.upper, self.lowers, self.redirect, data, self.name, self.index)
+
+    @property
+    def of_object(self) -> Entry:
+        """The entry of the object that has this entry under one of its names."""
+        return self if self.upper or self.index is None else Entry(True, (), index=self.index)
 
     def __repr__(self) -> str:
         return f"Entry(upper={self.upper}, lowers={self.lowers}, redirect={self.redirect})"
@@ -218,6 +258,13 @@ class NodeTable:
         self._nodes[self._last] = node
         return node
 
+    def rekey(self, node: Node, key: tuple[int, int]) -> None:
+        """`node` is now the object `key`: copied up, with all its names."""
+        if node.links is not None:
+            self._by_inode.pop(node.links.key, None)
+            node.links.key = key
+        self.know_inode(key, node)
+
     def by_inode(self, key: tuple[int, int]) -> Node | None:
         """The node of the upper object with hard links whose (st_dev, st_ino) is `key`, if known."""
         return self._by_inode.get(key)
@@ -326,6 +373,39 @@ class NodeTable:
         if node.open is not None:
             self._fds.forget(node.open)
             node.open.orphan = None
+
+
+class KeptNames:
+    """Which directories have merged names of their lowers: at most `limit` names in all, the oldest go first."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._nodes: dict[DirNode, int] = {}
+        self._count = 0
+
+    def keep(self, node: DirNode) -> None:
+        """`node` has its `lower_names` now."""
+        assert node.lower_names is not None
+        self.released(node)
+        self._nodes[node] = len(node.lower_names)
+        self._count += len(node.lower_names)
+        while self._count > self._limit and len(self._nodes) > 1:
+            oldest = next(iter(self._nodes))
+            self.released(oldest)
+            oldest.lower_names = None
+
+    def released(self, node: DirNode) -> None:
+        """`node` is gone."""
+        self._count -= self._nodes.pop(node, 0)
+
+    def forget(self) -> int:
+        """Keep none; returns how many that were."""
+        count = self._count
+        for node in self._nodes:
+            node.lower_names = None
+        self._nodes.clear()
+        self._count = 0
+        return count
 
 
 class Links:

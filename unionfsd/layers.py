@@ -19,7 +19,7 @@ import re
 import stat
 import time
 from collections.abc import Iterator
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from . import format as fmt
 from . import syscalls
@@ -34,7 +34,8 @@ log = logging.getLogger(__name__)
 _LOCK_PATIENCE: Final = 2.0
 
 _INO_BITS: Final = 56
-_INO_MASK: Final = (1 << _INO_BITS) - 1
+#: 2**64 divided by the golden ratio (Knuth, TAOCP 6.4, multiplicative hashing).
+_SPREAD: Final = 0x9E3779B97F4A7C15
 
 
 class DirEntry(Protocol):
@@ -98,16 +99,13 @@ class Layer:
             return None
 
     def open_data(self, dirfd: int, name: bytes, *, write: bool = False) -> Fd:
-        """fd for the data of the regular file `name`.
+        """fd for the data of the regular file `name`; EIO when something else has taken its place.
 
-        EIO when something else has taken its place, or when it holds metadata only (metacopy), whose data is elsewhere.
+        One whose data is elsewhere (metacopy) has a hole there: see `read_data_marks`.
         """
         fd = self._open(dirfd, name, os.O_RDWR if write else os.O_RDONLY)
         if not stat.S_ISREG(os.fstat(fd.fd).st_mode):
             raise OSError(errno.EIO, "layer changed underneath: not a regular file", os.fsdecode(name))
-        if any(attr in fmt.METACOPY_NAMES for attr in xattr_names(fd.fd)):
-            log.error("%s: its data is in another layer (metacopy), which is not supported yet", os.fsdecode(name))
-            raise OSError(errno.EIO, os.strerror(errno.EIO), os.fsdecode(name))
         return fd
 
     def _open(self, dirfd: int, name: bytes, flags: int) -> Fd:
@@ -218,15 +216,34 @@ def xattr_names(fd: int) -> list[bytes]:
         raise
 
 
+class DataMarks(NamedTuple):
+    """What a file says that has no data of its own: the digest of that data, and what it is called in layers below."""
+
+    digest: fmt.Digest | None
+    redirect: fmt.Redirect | None
+
+
+def read_data_marks(fd: int) -> DataMarks | None:
+    """Marks of the regular file `fd` (O_PATH allowed); None when it has its data itself. EIO, EINVAL for bad ones."""
+    present = xattr_names(fd)
+    metacopy = next((name for name in fmt.METACOPY_NAMES if name in present), None)
+    if metacopy is None:
+        return None
+    redirect = next((name for name in fmt.REDIRECT_NAMES if name in present), None)
+    return DataMarks(
+        fmt.decode_metacopy(syscalls.getxattr(fd, metacopy)),
+        None if redirect is None else fmt.decode_redirect(syscalls.getxattr(fd, redirect)),
+    )
+
+
 def exists(dirfd: int, name: bytes) -> bool:
     """Whether `name` is in the directory `dirfd`; a name too long for the file system is not."""
     try:
-        syscalls.stat_at(dirfd, name)
+        return syscalls.stat_or_none(dirfd, name) is not None
     except OSError as exc:
-        if exc.errno in (errno.ENOENT, errno.ENAMETOOLONG):
-            return False
-        raise
-    return True
+        if exc.errno != errno.ENAMETOOLONG:
+            raise
+        return False
 
 
 def is_xattr_whiteout(dirfd: int, name: bytes) -> bool:
@@ -236,14 +253,26 @@ def is_xattr_whiteout(dirfd: int, name: bytes) -> bool:
 
 
 def _fold(ino: int) -> int:
-    return (ino ^ (ino >> _INO_BITS)) & _INO_MASK if ino >> _INO_BITS else ino
+    """`ino` in `_INO_BITS` bits; large ones, such as those of a union below, are spread so that they do not meet."""
+    return (ino * _SPREAD % 2**64) >> (64 - _INO_BITS) if ino >> _INO_BITS else ino
 
 
 class LayerStack:
-    """The layers of one mount: `lowers` top first, `upper` and `work` None when nothing can be written."""
+    """The layers of one mount: `lowers` top first, `upper` and `work` None when nothing can be written.
 
-    def __init__(self, lowers: tuple[Layer, ...], upper: Layer | None, work: Fd | None, locks: tuple[Fd, ...]) -> None:
+    `data`: lowers that show nothing, and have data of files above them, top first.
+    """
+
+    def __init__(
+        self,
+        lowers: tuple[Layer, ...],
+        upper: Layer | None,
+        work: Fd | None,
+        locks: tuple[Fd, ...],
+        data: tuple[Layer, ...] = (),
+    ) -> None:
         self.lowers = lowers
+        self.data = data
         self.upper = upper
         self.work = work
         self._locks = locks
@@ -278,7 +307,7 @@ class LayerStack:
 
     def close(self) -> None:
         """Close every descriptor; the locks on upper and work go with them."""
-        for layer in (self.upper, *self.lowers):
+        for layer in (self.upper, *self.lowers, *self.data):
             if layer is not None:
                 layer.root.close()
         if self.work is not None:
@@ -291,12 +320,14 @@ def open_stack(config: MountConfig) -> LayerStack:
     _check_overlap(config)
     with contextlib.ExitStack() as opened:
         lowers = tuple(_open_lower(path, config.mountpoint, opened) for path in config.lowerdirs)
+        data = tuple(_open_lower(path, config.mountpoint, opened) for path in config.datadirs)
         if config.upperdir is None:
-            stack = LayerStack(lowers, None, None, ())
+            stack = LayerStack(lowers, None, None, (), data)
         elif config.workdir is None:
             raise UserError("upperdir without workdir", hint="give -o workdir=DIR, on the upper's file system")
         else:
-            stack = _open_writable(config.upperdir, config.workdir, lowers, config.mountpoint, opened)
+            upper, work, locks = _open_writable(config.upperdir, config.workdir, config.mountpoint, opened)
+            stack = LayerStack(lowers, upper, work, locks, data)
         opened.pop_all()
         return stack
 
@@ -340,14 +371,15 @@ def _open_root(path: bytes, what: str, flags: int = os.O_PATH) -> Fd:
 
 
 def _open_writable(
-    upper: bytes, work: bytes, lowers: tuple[Layer, ...], mountpoint: bytes, opened: contextlib.ExitStack
-) -> LayerStack:
+    upper: bytes, work: bytes, mountpoint: bytes, opened: contextlib.ExitStack
+) -> tuple[Layer, Fd, tuple[Fd, ...]]:
+    """The upper, the work directory, and the locks on both."""
     upper_st, work_st = _directory(upper, "upperdir"), _directory(work, "workdir")
     _check_writable_pair(upper, upper_st, work, work_st, mountpoint)
     locks = (_lock(upper, "upperdir", opened), _lock(work, "workdir", opened))
     _refuse_kernel_mount(upper, upper_st)
     roots = [opened.enter_context(_open_root(*root)) for root in ((upper, "upperdir"), (work, "workdir"))]
-    return LayerStack(lowers, Layer(upper, roots[0], writable=True, noatime=False), roots[1], locks)
+    return Layer(upper, roots[0], writable=True, noatime=False), roots[1], locks
 
 
 def _check_writable_pair(
@@ -436,6 +468,7 @@ def _check_overlap(config: MountConfig) -> None:
     if not config.lowerdirs:
         raise UserError("no lowerdir given", hint="give -o lowerdir=DIR[:DIR...], top first")
     named = [("lowerdir", path) for path in config.lowerdirs]
+    named += [("datadir", path) for path in config.datadirs]
     named += [("upperdir", config.upperdir)] if config.upperdir is not None else []
     named += [("workdir", config.workdir)] if config.workdir is not None else []
     roots: dict[tuple[int, int], tuple[str, bytes]] = {}

@@ -7,6 +7,8 @@ The rules (Documentation/filesystems/overlayfs.rst, fs/overlayfs/namei.c):
 - Directories merge down to the first that is opaque, and end at the first object that is not a directory.
 - A redirect of a directory says what it is called in the layers below: another name in the same directory, or a path
   from the root of those layers. Names on that path are looked up by these same rules.
+- A file with the mark metacopy has its data in the next layer below that has it, under the same name or that of its
+  redirect; from the root, also in a data-only layer.
 - A directory of the upper has in the union the very path it has in the upper; a lower directory is a chain of names of
   its own, whatever the union calls it.
 
@@ -17,6 +19,7 @@ directories are read at the first question, large ones when questions repeat.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import stat
 from collections.abc import Iterator
@@ -25,10 +28,15 @@ from typing import Final, NamedTuple
 from . import format as fmt
 from . import syscalls
 from .fdcache import FdCache
-from .inodes import UPPER, DirNode, Entry, Node
-from .layers import LayerStack, LowerDir, exists, optional_xattr, read_marks
+from .index import Index
+from .inodes import UPPER, DirNode, Entry, KeptNames, Node, Source
+from .layers import DataMarks, LayerStack, LowerDir, exists, optional_xattr, read_data_marks, read_marks
 from .listing import DT_DIR, Listing, LowerNames, UpperNames, merge, read_lowers, read_upper
+from .options import Verity
+from .syscalls import stat_or_none
 from .workdir import is_whiteout
+
+log = logging.getLogger(__name__)
 
 #: Lower directories of at most this size in all (st_size, bytes) are read at the first lookup in them.
 _READ_AT_ONCE: Final = 64 * 1024
@@ -56,15 +64,23 @@ class Spot(NamedTuple):
 class Resolver:
     """Answers for one `LayerStack`; `fds` counts the directory descriptors it opens."""
 
-    def __init__(self, stack: LayerStack, fds: FdCache, *, follow_redirects: bool) -> None:
+    def __init__(
+        self, stack: LayerStack, fds: FdCache, *, follow_redirects: bool, metacopy: bool = False, verity: Verity = "off"
+    ) -> None:
+        """`metacopy`: data of files is looked for in lowers, too. `verity`: what is done about its digest."""
+        #: Set where names of one lower object are kept together.
+        self.index: Index | None = None
         self.follow_redirects = follow_redirects
+        self.metacopy = metacopy
+        self.verity = verity
+        #: Whether files may have their data elsewhere.
+        self.follows_data = metacopy or bool(stack.data)
         self.stack = stack
         self.fds = fds
         self.name_max = os.fstatvfs(stack.top.root.fd).f_namemax
         #: The layer roots that are merged, top first: where absolute redirects start.
         self._roots: tuple[LowerDir, ...] = ()
-        self._kept: dict[DirNode, int] = {}
-        self._kept_names = 0
+        self._kept = KeptNames(_KEEP_NAMES)
 
     def root(self) -> Hit:
         """The root of the union: all layer roots, down to the first opaque one."""
@@ -108,8 +124,11 @@ class Resolver:
         """Where the object of `node` can be reached; an unlinked one by its descriptor."""
         if isinstance(node, DirNode):
             return Spot(self.directory(node), b"")
-        if not node.entry.upper:
-            return Spot(node.entry.lowers[0].open(self.fds), node.name)
+        entry = node.entry
+        if entry.index is not None and self.index is not None and not node.unlinked:
+            return Spot(self.index.fd, entry.index)
+        if not entry.upper:
+            return Spot(entry.lowers[0].open(self.fds), entry.name or node.name)
         if node.unlinked:
             if node.open is None or node.open.orphan is None:
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
@@ -126,6 +145,82 @@ class Resolver:
         """A new O_PATH fd of the object of `node`."""
         dirfd, name = self.spot(node)
         return syscalls.open_object(dirfd, name) if name else syscalls.reopen(dirfd, os.O_PATH)
+
+    # Where data is.
+
+    def locate(self, node: Node, fd: int) -> Source | None:
+        """Where the data of a file is whose object is `fd`, None when it is there itself; kept in the node's entry.
+
+        EIO when it is nowhere, or may not be followed. Of a file without a name it has to be known before it lost it.
+        """
+        entry = node.entry
+        if entry.data is not None:
+            return entry.data
+        try:
+            marks = read_data_marks(fd)
+            if marks is None:
+                return None
+            source = None if node.unlinked else self._data_of(node, marks)
+        except OSError as exc:
+            log.error("%r: where its data is (metacopy) cannot be found out: %s", node.name, exc)
+            raise OSError(errno.EIO, os.strerror(errno.EIO)) from exc
+        if source is None:
+            hint = "" if self.metacopy else "; it is looked for in lowers with metacopy=on"
+            log.error("%r: its data is in another layer (metacopy) and was not found%s", node.name, hint)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if self.verity == "require" and source.digest is None:
+            log.error("%r: no digest was recorded of its data, and verity=require", node.name)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        node.entry = entry.with_data(source)
+        return source
+
+    def _data_of(self, node: Node, marks: DataMarks) -> Source | None:
+        assert node.parent is not None
+        beside, roots, name = node.parent.entry.lowers, self._roots, node.name
+        if not node.entry.upper:
+            lower, name = node.entry.lowers[0], node.entry.name or name
+            above = [at.layer for at in beside].index(lower.layer)
+            beside, roots = beside[above + 1 :], self._roots_below(lower)
+        digest = None if self.verity == "off" else marks.digest
+        found = self._data_below(beside, roots, name, marks.redirect)
+        return None if found is None else Source(*found, digest)
+
+    def _data_below(
+        self, dirs: tuple[LowerDir, ...], roots: tuple[LowerDir, ...], name: bytes, redirect: fmt.Redirect | None
+    ) -> tuple[LowerDir, bytes] | None:
+        """The file with data that a file without means: `name` in the directories `dirs`, unless redirected."""
+        if redirect is not None:
+            name = redirect.names[-1]
+            if redirect.absolute:
+                dirs = self._walk(roots, redirect.names[:-1])
+        for index, lower in enumerate(dirs if self.metacopy else ()):
+            dirfd = lower.open(self.fds)
+            st = stat_or_none(dirfd, name)
+            if st is not None:
+                if not stat.S_ISREG(st.st_mode) or is_whiteout(
+                    dirfd, name, st, xwhiteouts=lower.marks(self.fds).xwhiteouts
+                ):
+                    return None
+                with syscalls.open_object(dirfd, name) as fd:
+                    marks = read_data_marks(fd.fd)
+                if marks is None:
+                    return lower, name
+                return self._data_below(dirs[index + 1 :], self._roots_below(lower), name, marks.redirect)
+            if exists(dirfd, fmt.wh_name(name)):
+                return None
+        return self._in_data_layers(redirect.names) if redirect is not None and redirect.absolute else None
+
+    def _in_data_layers(self, names: tuple[bytes, ...]) -> tuple[LowerDir, bytes] | None:
+        for layer in self.stack.data:
+            at = layer.root_dir
+            for name in names[:-1]:
+                at = at.child(name)
+            try:
+                st = syscalls.stat_at(at.open(self.fds), names[-1])
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            return (at, names[-1]) if stat.S_ISREG(st.st_mode) else None
+        return None
 
     # What names are.
 
@@ -151,6 +246,12 @@ class Resolver:
             return Hit(entry, st, self._dir_ino(entry.lowers, st))
         if self.is_whiteout(parent, dirfd, name, st):
             return None
+        if self.index is not None and st.st_nlink > 1 and (self.impure(parent) or self.lower_has(parent, name)):
+            with syscalls.open_object(dirfd, name) as fd:
+                indexed = self.index.find_upper(fd.fd, st)
+            if indexed is not None:
+                entry = Entry(True, (), index=indexed)
+                return Hit(entry, st, self._leaf_ino(parent, dirfd, name, st, indexed=True))
         return Hit(UPPER, st, self._leaf_ino(parent, dirfd, name, st))
 
     def _upper_dir_entry(self, parent: DirNode, dirfd: int, name: bytes) -> Entry:
@@ -176,8 +277,11 @@ class Resolver:
         """
         if not self.follow_redirects:
             raise OSError(errno.EPERM, "redirect_dir=nofollow, but a layer has a redirect")
-        dirs = roots if redirect.absolute else beside
-        for name in redirect.names:
+        return self._walk(roots if redirect.absolute else beside, redirect.names)
+
+    def _walk(self, dirs: tuple[LowerDir, ...], names: tuple[bytes, ...]) -> tuple[LowerDir, ...]:
+        """The directories that the path `names` beneath `dirs` leads to, by the rules for lowers; none when it ends."""
+        for name in names:
             hit = self._probe_lowers(dirs, name)
             if hit is None or not stat.S_ISDIR(hit.st.st_mode):
                 return ()
@@ -216,7 +320,15 @@ class Resolver:
             return self._lower_dir_hit(parent.entry.lowers, list(names.indices(name)), name)
         lower = parent.entry.lowers[low.lower]
         st = syscalls.stat_at(lower.open(self.fds), name)
+        if self.index is not None and st.st_nlink > 1:
+            return self._linked(self.index, lower, name, st)
         return Hit(parent.leaf_entry(lower), st, self.stack.ino(st))
+
+    def _linked(self, index: Index, lower: LowerDir, name: bytes, st: os.stat_result) -> Hit:
+        """A leaf of a lower that has other names, by any of which it may have been copied up."""
+        found = index.find(lower.layer, lower.open(self.fds), name)
+        entry = Entry(False, (lower,), name=name, index=None if found is None else found.name)
+        return Hit(entry, st if found is None else found.st, self.stack.ino(st))
 
     def lower_has(self, parent: DirNode, name: bytes) -> bool:
         """Whether a lower of `parent` has `name`, so that deleting it takes a whiteout."""
@@ -262,6 +374,8 @@ class Resolver:
                 if not stat.S_ISDIR(st.st_mode):
                     if indices:
                         break
+                    if self.index is not None and st.st_nlink > 1:
+                        return self._linked(self.index, lower, name, st)
                     return Hit(Entry(False, (lower,)), st, self.stack.ino(st))
                 indices.append(index)
             if exists(dirfd, fmt.wh_name(name)):
@@ -274,18 +388,18 @@ class Resolver:
         """A directory keeps the number of the topmost lower it is merged with, so copy-up does not change it."""
         return self.stack.ino(os.fstat(lowers[0].open(self.fds)) if lowers else st)
 
-    def _leaf_ino(self, parent: DirNode, dirfd: int, name: bytes, st: os.stat_result) -> int:
+    def _leaf_ino(self, parent: DirNode, dirfd: int, name: bytes, st: os.stat_result, *, indexed: bool = False) -> int:
         """A copied-up object keeps the number of the lower it came from.
 
-        One with several names does not: the names of the lower that were not copied up have that number.
+        Where that has several names they share it only if they are one object, by the index.
         """
-        if st.st_nlink == 1 and self._roots and (self.impure(parent) or self.lower_has(parent, name)):
+        if self._roots and (self.impure(parent) or self.lower_has(parent, name)):
             with syscalls.open_object(dirfd, name) as fd:
                 values = (optional_xattr(fd.fd, attr) for attr in fmt.ORIGIN_NAMES)
                 origin = next((fmt.decode_origin(value) for value in values if value), None)
             if origin is not None:
                 was = self._origin_at(parent, name, origin) or self._origin_by_handle(origin)
-                if was is not None and was.st_nlink == 1 and stat.S_IFMT(was.st_mode) == stat.S_IFMT(st.st_mode):
+                if was is not None and (was.st_nlink == 1 or indexed) and _same_type(was, st):
                     return self.stack.ino(was)
         return self.stack.ino(st)
 
@@ -298,7 +412,9 @@ class Resolver:
             handle = syscalls.file_handle(below.entry.lowers[0].open(self.fds), name)
         except OSError:
             return None
-        return below.st if handle == (origin.kind, origin.handle) else None
+        if handle != (origin.kind, origin.handle):
+            return None
+        return below.st if below.entry.index is None else syscalls.stat_at(below.entry.lowers[0].open(self.fds), name)
 
     def _origin_by_handle(self, origin: fmt.Origin) -> os.stat_result | None:
         """The object that `origin` means, wherever in a lower; None without CAP_DAC_READ_SEARCH, or when it is gone."""
@@ -326,7 +442,7 @@ class Resolver:
             return None
         names = read_lowers(node.entry.lowers, self.stack, self.fds)
         node.lower_names = names
-        self._keep(node, len(names))
+        self._kept.keep(node)
         return names
 
     def _pays(self, node: DirNode) -> bool:
@@ -335,26 +451,13 @@ class Resolver:
             return sum(os.fstat(lower.open(self.fds)).st_size for lower in node.entry.lowers) <= _READ_AT_ONCE
         return node.probes > _READ_AFTER
 
-    def _keep(self, node: DirNode, count: int) -> None:
-        self._kept_names += count - self._kept.pop(node, 0)
-        self._kept[node] = count
-        while self._kept_names > _KEEP_NAMES and len(self._kept) > 1:
-            oldest = next(iter(self._kept))
-            self._kept_names -= self._kept.pop(oldest)
-            oldest.lower_names = None
-
     def released(self, node: DirNode) -> None:
         """`node` is gone: nothing is kept for it."""
-        self._kept_names -= self._kept.pop(node, 0)
+        self._kept.released(node)
 
     def forget_names(self) -> int:
         """Keep no merged names; returns how many that were."""
-        count = self._kept_names
-        for node in self._kept:
-            node.lower_names = None
-        self._kept.clear()
-        self._kept_names = 0
-        return count
+        return self._kept.forget()
 
     def _read_upper(self, node: DirNode) -> UpperNames | None:
         if not node.entry.upper:
@@ -387,9 +490,5 @@ class Resolver:
         return next(merge(self._read_upper(node), self.lower_names(node, read=True)), None) is None
 
 
-def stat_or_none(dirfd: int, name: bytes) -> os.stat_result | None:
-    """lstat of `name` beneath `dirfd`, None when there is nothing."""
-    try:
-        return syscalls.stat_at(dirfd, name)
-    except FileNotFoundError:
-        return None
+def _same_type(one: os.stat_result, other: os.stat_result) -> bool:
+    return stat.S_IFMT(one.st_mode) == stat.S_IFMT(other.st_mode)

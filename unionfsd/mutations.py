@@ -132,19 +132,26 @@ class Mutations:
 
     # Removing.
 
-    def unlink(self, parent: DirNode, name: bytes) -> None:
+    def unlink(self, parent: DirNode, name: bytes) -> Op[None]:
         """Remove a name that is not a directory; ENOENT, EISDIR."""
-        hit = self._places.victim(parent, name)
-        if stat.S_ISDIR(hit.st.st_mode):
-            raise fail(errno.EISDIR, name)
+        while True:
+            hit = self._places.victim(parent, name)
+            if stat.S_ISDIR(hit.st.st_mode):
+                raise fail(errno.EISDIR, name)
+            if not self._places.is_counted(hit):
+                break  # nothing was awaited since it was looked at
+            yield from self._places.to_upper(parent, name, hit)
         below = self._resolver.lower_has(parent, name)
         place = Place(parent, self._copy_up.directory(parent), name)
         if not hit.entry.upper:
+            self._places.keep_data(child(parent, name))
             self._places.whiteout(place)
         else:
             self._places.hold(child(parent, name))
+            self._places.before_counting(hit.entry)
             self._remove_upper(place, below)
         self._table.unname(parent, name)
+        self._places.after_counting(hit.entry)
 
     def _remove_upper(self, place: Place, below: bool) -> None:
         if not below:
@@ -194,12 +201,16 @@ class Mutations:
         """Give `node`, which is not a directory, a further name; EEXIST, EPERM."""
         if isinstance(node, DirNode):
             raise fail(errno.EPERM, name)
-        yield from self._copy_up.node(node)
+        yield from self._copy_up.node(node, data=False)
         place = self._places.new(parent, name)
         with self._resolver.open_object(node) as fd:
             st = os.fstat(fd.fd)
             staged = Staged(self._work, fd, None)
             try:
+                if node.parent is not None and not node.unlinked:
+                    self._places.redirect_data(fd, Place(node.parent, -1, node.name), None)
+                self._places.before_counting(node.entry)
+                self._places.expect_origin(place, node.entry, None if node.unlinked else node.parent)
                 self._places.publish_new(staged, place)
             except BaseException:
                 staged.abandon()

@@ -9,16 +9,24 @@ Rules this file obeys:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-from typing import NamedTuple
+import stat
+from typing import Final, NamedTuple
 
 from . import format as fmt
 from . import syscalls
 from .copyup import CopyUp
-from .inodes import DirNode, Node, child
-from .lookup import Hit, Resolver, stat_or_none
+from .inodes import DirNode, Entry, Node, NodeTable, child
+from .layers import read_data_marks
+from .lookup import Hit, Resolver
+from .steps import Op
+from .syscalls import stat_or_none
 from .workdir import Staged, Workdir
+
+#: Redirects are longer than this only rarely: the kernel's own limit (redirect_max).
+_LONG_REDIRECT: Final = 256
 
 
 class Place(NamedTuple):
@@ -44,10 +52,24 @@ def path_of(place: Place) -> tuple[bytes, ...]:
     return tuple(reversed(names))
 
 
+def lower_path(place: Place, redirect: fmt.Redirect | None) -> fmt.Redirect:
+    """What the object at `place` is called from the root of the lowers: redirects above it are what counts there."""
+    names = (place.name,) if redirect is None else redirect.names
+    at = place.parent
+    while at.parent is not None:
+        above = at.entry.redirect
+        names = ((at.name,) if above is None else above.names) + names
+        if above is not None and above.absolute:
+            break
+        at = at.parent
+    return fmt.Redirect(True, names)
+
+
 class Places:
     """Names in the upper of one writable mount."""
 
-    def __init__(self, resolver: Resolver, work: Workdir, copy_up: CopyUp) -> None:
+    def __init__(self, resolver: Resolver, work: Workdir, copy_up: CopyUp, table: NodeTable) -> None:
+        self._table = table
         self._resolver = resolver
         self._work = work
         self._copy_up = copy_up
@@ -78,6 +100,41 @@ class Places:
             raise fail(errno.ENOENT, name)
         return hit
 
+    def to_upper(self, parent: DirNode, name: bytes, hit: Hit) -> Op[None]:
+        """See that what `name` is has that name in the upper, not necessarily with its data."""
+        node = child(parent, name)
+        if node is None:
+            node = self._table.add(parent, name, hit.entry.of_object, hit.ino, directory=stat.S_ISDIR(hit.st.st_mode))
+        yield from self._copy_up.node(node, data=False)
+        if node.entry.index is not None:
+            self._copy_up.alias(parent, name, node.entry.index)
+        self._table.settle(node)
+
+    # Objects that the index has: the union's names of them are counted.
+
+    def is_counted(self, hit: Hit) -> bool:
+        """Whether a name in a lower is one of several, so that it must be in the upper before it can go."""
+        return not hit.entry.upper and hit.entry.name is not None
+
+    def before_counting(self, entry: Entry) -> None:
+        """A name of the object is about to be made or removed."""
+        if entry.index is not None and self._resolver.index is not None:
+            self._resolver.index.settle(entry.index)
+
+    def expect_origin(self, place: Place, entry: Entry, here: DirNode | None) -> None:
+        """Mark the upper directory where an object gets a name, so that its origin is looked for: it comes from `here`.
+
+        What depends on that is the inode number after a remount, and for an object of the index what it is.
+        """
+        indexed = entry.index is not None
+        if indexed or (here is not None and here is not place.parent and self._resolver.impure(here)):
+            self._copy_up.mark_impure(place.parent, place.dirfd, required=indexed)
+
+    def after_counting(self, entry: Entry) -> None:
+        """A name of the object was removed, perhaps the last one."""
+        if entry.index is not None and self._resolver.index is not None:
+            self._resolver.index.retire(entry.index)
+
     def whiteout(self, place: Place) -> None:
         """Hide the lowers' name: the publishing call itself where the upper has nothing under that name."""
         if self._work.abilities.whiteout == "wh":
@@ -104,7 +161,45 @@ class Places:
                 self._resolver.upper_dir(node)
                 node.handle.pinned = True
         elif node.entry.upper and node.state().orphan is None:
+            self.keep_data(node)
             node.state().orphan = self._resolver.open_object(node)
+
+    def keep_data(self, node: Node | None) -> None:
+        """Know where the data of a file is before it loses the name that says so. One without any goes all the same."""
+        if node is None or not self._resolver.follows_data:
+            return
+        with contextlib.suppress(OSError), self._resolver.open_object(node) as fd:
+            if stat.S_ISREG(os.fstat(fd.fd).st_mode):
+                self._resolver.locate(node, fd.fd)
+
+    # Redirects: what an object that moves is called in the lowers.
+
+    def mark_redirect(self, fd: syscalls.Fd, redirect: fmt.Redirect) -> None:
+        """Set the mark; EXDEV for a path that is too long for the upper: the caller copies, as between file systems."""
+        value = redirect.encode()
+        try:
+            self._work.mark(fd.fd, fmt.REDIRECT, value)
+        except OSError as exc:
+            if exc.errno in (errno.E2BIG, errno.ERANGE) or (exc.errno == errno.ENOSPC and len(value) > _LONG_REDIRECT):
+                raise fail(errno.EXDEV) from exc
+            raise
+
+    def redirect_data(self, fd: syscalls.Fd, here: Place, there: Place | None) -> None:
+        """Before the file `fd` of the upper, which is `here`, is `there` or gets one more name: say where its data is.
+
+        A name is good for a file with one link that stays in its directory, a path for all others. EIO for a file
+        whose data cannot be found, and never would again.
+        """
+        st = os.fstat(fd.fd)
+        marks = read_data_marks(fd.fd) if stat.S_ISREG(st.st_mode) else None
+        if marks is None or (marks.redirect is not None and marks.redirect.absolute):
+            return
+        if not self._resolver.metacopy:
+            raise fail(errno.EIO, here.name)
+        if there is None or here.parent is not there.parent or st.st_nlink > 1:
+            self.mark_redirect(fd, lower_path(here, marks.redirect))
+        elif marks.redirect is None:
+            self.mark_redirect(fd, fmt.Redirect(False, (here.name,)))
 
     def require_empty(self, parent: DirNode, name: bytes, hit: Hit) -> None:
         node = child(parent, name)

@@ -116,7 +116,7 @@ class Memory:
                 self._fds.forget(node.handle)
             node.own_entry(hit.entry)
         elif not (node.entry.upper and hit.entry.upper):
-            node.entry = hit.entry
+            node.entry = hit.entry.of_object
             if node.open is not None:
                 self._fds.forget(node.open)
         return True

@@ -19,28 +19,13 @@ from . import format as fmt
 from . import intent, syscalls
 from .copyup import CopyUp, apply_metadata, read_metadata
 from .inodes import UPPER, DirNode, Entry, NodeTable, child
-from .lookup import Hit, Resolver, stat_or_none
-from .places import Place, Places, fail, path_of
+from .lookup import Hit, Resolver
+from .places import Place, Places, fail, lower_path, path_of
 from .steps import Op
+from .syscalls import stat_or_none
 from .workdir import Workdir
 
-#: Redirects are longer than this only rarely: the kernel's own limit (redirect_max).
-_LONG_REDIRECT: Final = 256
-
 RENAME_FLAGS: Final = syscalls.RENAME_NOREPLACE | syscalls.RENAME_EXCHANGE
-
-
-def _lower_path(place: Place, redirect: fmt.Redirect | None) -> fmt.Redirect:
-    """What the directory at `place` is called from the root of the lowers: redirects above it are what counts there."""
-    names = (place.name,) if redirect is None else redirect.names
-    at = place.parent
-    while at.parent is not None:
-        above = at.entry.redirect
-        names = ((at.name,) if above is None else above.names) + names
-        if above is not None and above.absolute:
-            break
-        at = at.parent
-    return fmt.Redirect(True, names)
 
 
 class Renames:
@@ -67,9 +52,9 @@ class Renames:
             self._check_rename(source, target, new_name, flags)
             exchange = bool(flags & syscalls.RENAME_EXCHANGE)
             if not source.entry.upper:
-                yield from self._to_upper(parent, name, source)
-            elif exchange and target is not None and not target.entry.upper:
-                yield from self._to_upper(new_parent, new_name, target)
+                yield from self._places.to_upper(parent, name, source)
+            elif target is not None and not target.entry.upper and (exchange or self._places.is_counted(target)):
+                yield from self._places.to_upper(new_parent, new_name, target)
             else:
                 break  # nothing was awaited since both were looked at
         here = Place(parent, self._copy_up.directory(parent), name)
@@ -78,13 +63,6 @@ class Renames:
             self._exchange(here, there, source, target)
         elif not self._same_object(here, there):
             self._rename(here, there, source, target)
-
-    def _to_upper(self, parent: DirNode, name: bytes, hit: Hit) -> Op[None]:
-        node = child(parent, name)
-        if node is None:
-            node = self._table.add(parent, name, hit.entry, hit.ino, directory=stat.S_ISDIR(hit.st.st_mode))
-        yield from self._copy_up.node(node)
-        self._table.settle(node)
 
     def _check_rename(self, source: Hit, target: Hit | None, new_name: bytes, flags: int) -> None:
         if fmt.is_reserved(new_name):
@@ -116,14 +94,17 @@ class Renames:
 
     def _exchange(self, here: Place, there: Place, source: Hit, target: Hit | None) -> None:
         assert target is not None
-        self._prepare_dir(here, there, source)
-        self._prepare_dir(there, here, target)
+        self._prepare(here, there, source)
+        self._prepare(there, here, target)
         self._swap(here, there)
         self._table.exchange(here.parent, here.name, there.parent, there.name)
 
-    def _prepare_dir(self, here: Place, there: Place, hit: Hit) -> None:
-        """Before a directory moves: one with lowers says what they call it, one without hides what it comes over."""
+    def _prepare(self, here: Place, there: Place, hit: Hit) -> None:
+        """Before an object moves: one with lowers says what they call it, a directory without hides what it covers."""
+        self._places.expect_origin(there, hit.entry, here.parent)
         if not stat.S_ISDIR(hit.st.st_mode):
+            if stat.S_ISREG(hit.st.st_mode):
+                self._redirect_data(here, there)
             return
         if hit.entry.lowers:
             self._redirect(here, hit, relative=here.parent is there.parent)
@@ -131,33 +112,30 @@ class Renames:
             with syscalls.open_dir(here.dirfd, here.name) as fd:
                 self._work.mark_opaque(fd.fd)
 
+    def _redirect_data(self, here: Place, there: Place) -> None:
+        if self._resolver.impure(here.parent):
+            with syscalls.open_object(here.dirfd, here.name) as fd:
+                self._places.redirect_data(fd, here, there)
+
     def _redirect(self, here: Place, hit: Hit, *, relative: bool) -> None:
         """Record what the directory `here` is called in the lowers, if it is not recorded yet (ovl_set_redirect)."""
         redirect = hit.entry.redirect
         if redirect is None or not (relative or redirect.absolute):
-            redirect = fmt.Redirect(False, (here.name,)) if relative else _lower_path(here, redirect)
+            redirect = fmt.Redirect(False, (here.name,)) if relative else lower_path(here, redirect)
             with syscalls.open_dir(here.dirfd, here.name) as fd:
-                self._mark_redirect(fd, redirect.encode())
+                self._places.mark_redirect(fd, redirect)
         node = child(here.parent, here.name)
         if node is not None:
             node.entry = Entry(True, hit.entry.lowers, redirect)
-
-    def _mark_redirect(self, fd: syscalls.Fd, value: bytes) -> None:
-        try:
-            self._work.mark(fd.fd, fmt.REDIRECT, value)
-        except OSError as exc:
-            # A path too long for the upper's xattrs: the caller copies, as between file systems.
-            if exc.errno in (errno.E2BIG, errno.ERANGE) or (exc.errno == errno.ENOSPC and len(value) > _LONG_REDIRECT):
-                raise fail(errno.EXDEV) from exc
-            raise
 
     def _rename(self, here: Place, there: Place, source: Hit, target: Hit | None) -> None:
         if target is not None and stat.S_ISDIR(target.st.st_mode):
             self._places.require_empty(there.parent, there.name, target)
             self._clear(there, target)
-        self._prepare_dir(here, there, source)
+        self._prepare(here, there, source)
         if target is not None:
             self._places.hold(child(there.parent, there.name))
+            self._places.before_counting(target.entry)
         is_dir = stat.S_ISDIR(source.st.st_mode)
         if self._resolver.lower_has(here.parent, here.name):
             self._move_and_whiteout(here, there, target, is_dir)
@@ -165,6 +143,8 @@ class Renames:
             self._move(here, there, is_dir)
         self._table.unname(there.parent, there.name)
         self._table.move(here.parent, here.name, there.parent, there.name)
+        if target is not None:
+            self._places.after_counting(target.entry)
         self._places.unhide(there)
 
     def _clear(self, place: Place, hit: Hit) -> None:

@@ -167,6 +167,14 @@ def stat_at(dirfd: int, name: bytes) -> os.stat_result:
     return os.stat(name, dir_fd=dirfd, follow_symlinks=False)
 
 
+def stat_or_none(dirfd: int, name: bytes) -> os.stat_result | None:
+    """lstat of `name` beneath `dirfd`, None when there is nothing."""
+    try:
+        return stat_at(dirfd, name)
+    except FileNotFoundError:
+        return None
+
+
 def getxattr(fd: int, name: bytes) -> bytes:
     """Value of an xattr of the object `fd` (O_PATH allowed); ENODATA when there is none."""
     return os.getxattr(proc_path(fd), name)
@@ -323,6 +331,24 @@ def flag_ioctl(fd: int, command: int, data: bytes) -> bytes:
     argument = bytearray(data[:size].ljust(8 if size == 4 else size, b"\0"))
     fcntl.ioctl(fd, command, argument)
     return b"" if command in FLAG_CHANGES else bytes(argument[:size])
+
+
+_FS_IOC_MEASURE_VERITY: Final = 0xC0046686
+_VERITY_HEAD: Final = struct.Struct("=HH")
+_VERITY_MAX: Final = 64
+
+
+def measure_verity(fd: int) -> tuple[int, bytes] | None:
+    """(algorithm, digest) that fs-verity keeps for the readable file `fd`; None when it keeps none."""
+    argument = bytearray(_VERITY_HEAD.pack(0, _VERITY_MAX).ljust(_VERITY_HEAD.size + _VERITY_MAX, b"\0"))
+    try:
+        fcntl.ioctl(fd, _FS_IOC_MEASURE_VERITY, argument)
+    except OSError as exc:
+        if exc.errno in (errno.ENODATA, errno.ENOTTY, errno.EOPNOTSUPP, errno.EINVAL):
+            return None
+        raise
+    algorithm, size = _VERITY_HEAD.unpack_from(argument)
+    return algorithm, bytes(argument[_VERITY_HEAD.size : _VERITY_HEAD.size + size])
 
 
 _statx = _libc.statx

@@ -18,7 +18,7 @@ import stat
 from collections import OrderedDict
 from collections.abc import Iterator
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypedDict
 
 from . import intent, syscalls
 from .attributes import Attr, Attributes, Owner, SetAttr, StatLike
@@ -26,13 +26,14 @@ from .copyup import CopyUp
 from .errors import LAYER, UserError
 from .fdcache import FdCache
 from .handles import Handles
+from .index import Index, open_index
 from .inodes import ROOT_ID, DirNode, Node, NodeTable, child
 from .layers import LayerStack, open_stack
 from .listing import Dirent, Listing
 from .lookup import Hit, Resolver
 from .metrics import Counters, Holdings, Statistics
 from .mutations import Caller, Mutations
-from .options import MountConfig
+from .options import MountConfig, Verity
 from .places import Places, fail
 from .refresh import Memory
 from .renames import Renames
@@ -66,21 +67,28 @@ class Union:
 
     root: Final = ROOT_ID
 
-    def __init__(self, stack: LayerStack, work: Workdir | None, config: MountConfig) -> None:
+    def __init__(
+        self, stack: LayerStack, work: Workdir | None, config: MountConfig, index: Index | None = None
+    ) -> None:
         self.config = config
         self.counters = Counters()
         self.stack = stack
         self._work = work
         self._frozen: Gate | None = None
         self._fds = FdCache(_fd_budget())
-        self._resolver = Resolver(stack, self._fds, follow_redirects=config.redirect_dir != "nofollow")
+        self._resolver = Resolver(stack, self._fds, **_rules(config))
+        self._resolver.index = self._index = index
         root = self._resolver.root()
         self._readers: OrderedDict[DirNode, None] = OrderedDict()
         self._table = NodeTable(root.entry, root.ino, self._fds, self._dropped)
-        copy_up = None if work is None else CopyUp(self._resolver, work, self._fds, self.counters)
+        copy_up = None
+        if work is not None:
+            metacopy = config.metacopy == "on"
+            rekey = self._table.rekey
+            copy_up = CopyUp(self._resolver, work, self._fds, self.counters, metacopy=metacopy, rekey=rekey)
         self._mutations = None
         if work is not None and copy_up is not None:
-            places = Places(self._resolver, work, copy_up)
+            places = Places(self._resolver, work, copy_up, self._table)
             redirects = config.redirect_dir == "on" and work.abilities.can_redirect
             self._mutations = Mutations(self._resolver, self._table, work, copy_up, places)
             self._renames = Renames(self._resolver, self._table, work, copy_up, places, redirects=redirects)
@@ -92,11 +100,12 @@ class Union:
         """Open, check and lock the layers of `config` and sweep the work directory; UserError for what cannot be."""
         stack = open_stack(config)
         try:
-            work = None
+            work = index = None
             if stack.work is not None and stack.upper is not None:
                 work = open_workdir(stack, config)
                 intent.recover(work, stack.upper.root.fd)
-            return cls(stack, work, config)
+                index = open_index(stack, work, config)
+            return cls(stack, work, config, index)
         except OSError as exc:
             stack.close()
             raise UserError(f"layers: {exc}", hint="a layer cannot be read", code=LAYER) from exc
@@ -155,13 +164,14 @@ class Union:
         """The node of what was found under a name that no node has."""
         if stat.S_ISDIR(hit.st.st_mode):
             return self._table.add(parent, name, hit.entry, hit.ino, directory=True)
-        several = hit.entry.upper and hit.st.st_nlink > 1
+        entry = hit.entry.of_object
+        several = entry.index is not None or entry.name is not None or (entry.upper and hit.st.st_nlink > 1)
         key = (hit.st.st_dev, hit.st.st_ino)
         node = self._table.by_inode(key) if several else None
         if node is not None:
             self._table.alias(node, parent, name)
             return node
-        node = self._table.add(parent, name, hit.entry, hit.ino, directory=False)
+        node = self._table.add(parent, name, entry, hit.ino, directory=False)
         if several:
             self._table.know_inode(key, node)
         return node
@@ -186,8 +196,9 @@ class Union:
         self._change().symlink(self._table.directory(parent), name, target, caller)
         return self.lookup(parent, name)
 
-    def unlink(self, parent: int, name: bytes) -> None:
-        self._change().unlink(self._table.directory(parent), name)
+    def unlink(self, parent: int, name: bytes) -> Op[None]:
+        directory = self._table.directory(parent)
+        return self._change().unlink(directory, name)
 
     def rmdir(self, parent: int, name: bytes) -> None:
         self._change().rmdir(self._table.directory(parent), name)
@@ -387,6 +398,8 @@ class Union:
         """Close every descriptor and give up the locks."""
         self._table.close()
         self._fds.close()
+        if self._index is not None:
+            self._index.close()
         if self._work is not None:
             self._work.close()
         self.stack.close()
@@ -416,8 +429,25 @@ class Union:
 
     def reader(self) -> Resolver:
         """A resolver for one thread: it shares with the mount's own only the layers' roots, open until `close`."""
-        stack = LayerStack(self.stack.lowers, self.stack.upper, None, ())
-        return Resolver(stack, FdCache(FdCache.MINIMUM), follow_redirects=self._resolver.follow_redirects)
+        stack = LayerStack(self.stack.lowers, self.stack.upper, None, (), self.stack.data)
+        resolver = Resolver(stack, FdCache(FdCache.MINIMUM), **_rules(self.config))
+        resolver.index = self._index
+        return resolver
+
+
+class _Rules(TypedDict):
+    follow_redirects: bool
+    metacopy: bool
+    verity: Verity
+
+
+def _rules(config: MountConfig) -> _Rules:
+    """What a mount's resolvers follow."""
+    return {
+        "follow_redirects": config.redirect_dir != "nofollow",
+        "metacopy": config.metacopy == "on",
+        "verity": config.verity,
+    }
 
 
 def _fd_budget() -> int:

@@ -237,14 +237,17 @@ def test_we_show_what_fuse_overlayfs_wrote(layers: Layers, mounted: MountFactory
     assert_same(tree(mounted(), without=FUSE_OVERLAYFS_DIFFERS), written)
 
 
-def test_taking_turns(layers: Layers, mounted: MountFactory, overlayfs: MountFactory) -> None:
+@pytest.mark.parametrize("option", ["redirect_dir=on", "index=on", "metacopy=on", "index=on,metacopy=on"])
+def test_taking_turns(option: str, layers: Layers, mounted: MountFactory, overlayfs: MountFactory) -> None:
     """Each goes on where the other stopped."""
     populate(layers)
-    ours, kernel = mounted(), None
+    if "index" in option:
+        link_names(layers)
+    ours = mounted(option)
     change_attributes(ours.path)
     change_data(ours.path)
     ours.unmount()
-    kernel = overlayfs()
+    kernel = overlayfs("redirect_dir=on", option)
     remove(kernel.path)
     kernel.unmount()
     ours.mount()
@@ -256,6 +259,34 @@ def test_taking_turns(layers: Layers, mounted: MountFactory, overlayfs: MountFac
     kernel.unmount()
     ours.mount()
     assert_same(tree(ours), written)
+    in_turn(ours.path, 1)
+    ours.unmount()
+    kernel.mount()
+    in_turn(kernel.path, 2)
+    written = tree(kernel)
+    kernel.unmount()
+    ours.mount()
+    assert_same(tree(ours), written)
+
+
+def link_names(layers: Layers) -> None:
+    """Further names of files that the script changes, deletes and moves, and of one that it leaves alone."""
+    bottom = layers.lowers[-1]
+    for name in ("kept/file", "deep/er/still/file", "replaced", "swept/file"):
+        os.link(bottom / name, bottom / (name + "-also"))
+        os.link(bottom / name, bottom / "cut" / name.replace("/", "-"))
+    age(bottom)
+
+
+def in_turn(root: Path, number: int) -> None:
+    """Changes of files that may have other names, or no data of their own, by now."""
+    for name in ("kept/file-also", "replaced-also", "swept/file-also"):
+        if (root / name).exists():
+            with (root / name).open("ab") as file:
+                file.write(b"turn %d" % number)
+            os.link(root / name, root / f"{name}-{number}")
+    for path in sorted((root / "kept").iterdir()):
+        os.chown(path, number, number, follow_symlinks=False)
 
 
 WHITEOUTS: Final[dict[str, tuple[WhiteoutMaker, frozenset[str]]]] = {

@@ -210,7 +210,7 @@ class Client:
         dentry = self._lookup(parent, name)
         if dentry.kind == stat.S_IFDIR:
             raise fail(errno.EISDIR)
-        self.union.unlink(parent.nodeid, name)
+        steps.run(self.union.unlink(parent.nodeid, name))
         self._drop(dentry)
 
     def rmdir(self, path: Path) -> None:

@@ -71,10 +71,10 @@ class Stack:
             )
         )
 
-    def kernel_tree(self) -> Tree:
+    def kernel_tree(self, options: bytes = b"") -> Tree:
         """What kernel overlayfs shows of the same layers, all of them as lowers, so that it writes nothing."""
         lowers = b":".join(self.layers if len(self.layers) > 1 else [*self.layers, self._empty()])
-        with overlay(self.mountpoint, b"lowerdir=" + lowers, flags=MS_RDONLY):
+        with overlay(self.mountpoint, b"lowerdir=" + lowers + options, flags=MS_RDONLY):
             return snapshot(self.mountpoint)
 
     def _empty(self) -> bytes:
@@ -102,14 +102,21 @@ _MNT_DETACH = 2
 @contextlib.contextmanager
 def overlay(mountpoint: bytes, options: bytes, *, flags: int = 0) -> Iterator[None]:
     """Kernel overlayfs at `mountpoint` with MS_* `flags`; by system calls, for it is done thousands of times."""
-    if _libc.mount(b"overlay", mountpoint, b"overlay", ctypes.c_ulong(flags), options):
-        raise OSError(ctypes.get_errno(), f"overlayfs refuses {options!r}")
+    with file_system(b"overlay", mountpoint, options, flags=flags):
+        yield
+
+
+@contextlib.contextmanager
+def file_system(kind: bytes, mountpoint: bytes, options: bytes = b"", *, flags: int = 0) -> Iterator[None]:
+    """A file system of the type `kind`, which needs no device, at `mountpoint`."""
+    if _libc.mount(kind, mountpoint, kind, ctypes.c_ulong(flags), options):
+        raise OSError(ctypes.get_errno(), f"{kind!r} refuses {options!r}")
     try:
         yield
     finally:
         # Lazily: another process that copies the mount table at this moment would make it busy.
         if _libc.umount2(mountpoint, _MNT_DETACH):
-            raise OSError(ctypes.get_errno(), "overlayfs stays mounted", os.fsdecode(mountpoint))
+            raise OSError(ctypes.get_errno(), "stays mounted", os.fsdecode(mountpoint))
 
 
 def has_kernel_overlayfs() -> bool:

@@ -171,7 +171,7 @@ def test_a_renamed_directory_says_where_it_was() -> None:
         union = stack.union()
         steps.run(union.rename(union.root, b"old", union.root, b"new", 0))
         parent = union.lookup(union.root, b"new").nodeid
-        union.unlink(parent, b"out")
+        steps.run(union.unlink(parent, b"out"))
         found = {change.path: (change.kind, change.renamed_from) for change in changed(union)}
         why = explained(union, b"/new/in")
         union.close()

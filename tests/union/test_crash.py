@@ -17,7 +17,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import pytest
 
@@ -67,9 +67,14 @@ def attempt(operation: Operation, client: FileSystem) -> int:
 class Case:
     """One scenario: its layers built afresh as often as needed, and the views before and after."""
 
+    #: Of ours.
+    options_of_all: ClassVar[dict[str, str]] = {}
+    #: Options of the kernel's overlayfs, each after a comma.
+    kernel_options = b""
+
     def __init__(self, scenario: Scenario, scratch: bytes, whiteout: str = "auto") -> None:
         self.scenario = scenario
-        self.options = {"whiteout": whiteout}
+        self.options = {"whiteout": whiteout, **self.options_of_all}
         # Kernel overlayfs knows nothing of `.wh.` files.
         self.compare_kernel = KERNEL and whiteout != "wh"
         self.scratch = scratch
@@ -90,7 +95,12 @@ class Case:
         path = self.scratch + b"/%d" % self.built
         self.built += 1
         os.mkdir(path)
-        return Stack(path, [self.scenario.lower], self.scenario.upper)
+        stack = Stack(path, [self.scenario.lower], self.scenario.upper)
+        self.prepare(stack)
+        return stack
+
+    def prepare(self, stack: Stack) -> None:
+        """What else is done to the layers."""
 
     def union(self, stack: Stack) -> Union:
         return stack.union(**self.options)
@@ -104,9 +114,13 @@ class Case:
         assert stack.upper is not None
         raw = settled(snapshot(stack.upper), self.since_ns)
         if self.compare_kernel and raw not in self.verified:
-            assert diff(seen, stack.kernel_tree()) == []
+            assert diff(seen, stack.kernel_tree(self.kernel_options)) == []
             self.verified.append(raw)
         return self.comparable(seen)
+
+    def seen(self, union: Union) -> Tree:
+        """What a mount shows."""
+        return self.comparable(union_snapshot(union))
 
     def comparable(self, tree: Tree) -> Tree:
         return timeless(settled(tree, self.since_ns))
@@ -207,7 +221,7 @@ def fail_everywhere(case: Case) -> None:
         union = case.union(stack)
         with Failing(index, number):
             got = attempt(case.scenario.operation, Client(union))
-        seen = case.comparable(union_snapshot(union))
+        seen = case.seen(union)
         union.close()
         # What could not be cleaned away is left to the next mount.
         litter = [] if case.calls[index] in ("unlink_at", "rmdir_at") else stack.litter()

@@ -124,10 +124,12 @@ class FakeUnion:
 
     mknod = mkdir = symlink = _make
 
-    def _remove(self, parent: int, name: bytes) -> None:
+    def rmdir(self, parent: int, name: bytes) -> None:
         self._note("remove", parent, name)
 
-    unlink = rmdir = _remove
+    def unlink(self, parent: int, name: bytes) -> Op[None]:
+        self._note("remove", parent, name)
+        yield from ()
 
     def link(self, nodeid: int, parent: int, name: bytes) -> Op[Found]:
         yield from ()

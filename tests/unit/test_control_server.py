@@ -639,7 +639,7 @@ def changes_of(union: Union, nodeid: int) -> dict[str, Callable[[], object]]:
         "mknod": lambda: union.mknod(root, b"x", 0o100644, 0, CALLER),
         "mkdir": lambda: union.mkdir(root, b"x", 0o755, CALLER),
         "symlink": lambda: union.symlink(root, b"x", b"y", CALLER),
-        "unlink": lambda: union.unlink(root, b"a"),
+        "unlink": lambda: run(union.unlink(root, b"a")),
         "rmdir": lambda: union.rmdir(root, b"d"),
         "link": lambda: run(union.link(nodeid, root, b"x")),
         "rename": lambda: run(union.rename(root, b"a", root, b"x", 0)),

@@ -21,8 +21,9 @@ from tests.harness import Layers, MountFactory
 from tests.trees import ACCESS, CAPABILITY, DEFAULT, Tag, acl, capability
 from tests.union.trees import OLD, Obj, build, directory, read_record, regular, symlink
 from unionfsd import steps, syscalls
-from unionfsd.copyup import CopyUp, Metadata, apply_metadata, copy_data, read_metadata
+from unionfsd.copyup import CopyUp, Metadata, apply_metadata, read_metadata
 from unionfsd.fdcache import FdCache
+from unionfsd.filecopy import copy_data
 from unionfsd.inodes import DirNode, Node, NodeTable, child
 from unionfsd.layers import open_stack
 from unionfsd.lookup import Resolver

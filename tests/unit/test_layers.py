@@ -167,17 +167,6 @@ def test_data_is_a_regular_file_or_an_error(kind: str, layers: Layers) -> None:
     assert caught.value.errno in (errno.EIO, errno.EACCES)
 
 
-@pytest.mark.parametrize("namespace", ["trusted", "user"])
-def test_data_that_is_elsewhere_is_not_taken_for_zeros(namespace: str, layers: Layers) -> None:
-    """A file that the kernel's overlayfs copied up with metacopy=on has its size, and a hole for its data."""
-    path = layers.lower / "file"
-    path.touch()
-    os.truncate(path, 100)
-    os.setxattr(path, f"{namespace}.overlay.metacopy", b"")
-    with opened(config(layers)) as stack:
-        assert errno_of(stack.lowers[0].open_data, stack.lowers[0].root.fd, b"file") == errno.EIO
-
-
 # Directories of lowers.
 
 

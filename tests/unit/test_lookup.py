@@ -436,14 +436,16 @@ def test_an_origin_of_another_type_is_none(disk: Path) -> None:
     assert shown == upper
 
 
-def test_hard_links_of_the_upper_have_the_number_of_the_upper(disk: Path) -> None:
-    """Two names of one object cannot each have the number of another lower."""
+@pytest.mark.parametrize("several", ["in the upper", "in the lower"])
+def test_a_number_that_other_names_of_the_lower_have_is_not_taken(several: str, disk: Path) -> None:
+    """However many names the copy has; those of the lower that were not copied up go on having its number."""
     layers = Stack(os.fsencode(disk), [directory({b"f": regular()})], directory({b"f": regular()}))
     copied_up(layers)
     assert layers.upper is not None
-    os.link(layers.upper + b"/f", layers.upper + b"/second")
-    shown, upper, _ = shown_and_own(layers)
-    assert shown == upper
+    at = layers.upper if several == "in the upper" else layers.lowers[0]
+    os.link(at + b"/f", at + b"/second")
+    shown, upper, lower = shown_and_own(layers)
+    assert shown == (lower if several == "in the upper" else upper)
 
 
 @pytest.mark.parametrize("damaged", [b"", b"\0", b"\0\xfb\x15\0\1" + bytes(16), b"x" * 100])

@@ -76,7 +76,7 @@ class Methods:
     async def status(self, call: Call) -> Json:
         mounted, config = self._mounted, self._config
         line = self._line()
-        given = {*config.explicit, "lowerdir", "flags"}
+        given = {*config.explicit, "lowerdir", "flags", *(["datadir"] if config.datadirs else [])}
         return {
             "mountpoint": to_json.text(line.path if line else config.mountpoint),
             "mounted": line is not None,

@@ -137,7 +137,7 @@ def _copy(copy: explain.Copy) -> Json:
     }
 
 
-_NO_OPTIONS: Final = ("explicit", "warnings", "mountpoint", "lowerdirs", "mount_flags")
+_NO_OPTIONS: Final = ("explicit", "warnings", "mountpoint", "lowerdirs", "datadirs", "mount_flags")
 _FLAGS: Final = {name[3:].lower(): getattr(syscalls, name) for name in dir(syscalls) if name.startswith("MS_")}
 
 
@@ -146,7 +146,7 @@ def options(config: MountConfig) -> dict[str, Json]:
     values = {field.name: getattr(config, field.name) for field in fields(config)}
     flags = [name for name, bit in _FLAGS.items() if config.mount_flags & bit]
     shown = {name: _plain(value) for name, value in values.items() if name not in _NO_OPTIONS}
-    return {"lowerdir": _plain(config.lowerdirs), **shown, "flags": flags}
+    return {"lowerdir": _plain(config.lowerdirs), "datadir": _plain(config.datadirs), **shown, "flags": flags}
 
 
 def _plain(value: Any) -> Json:

@@ -177,8 +177,8 @@ class _Operations(pyfuse3.Operations):
         return self._entry((yield from self._union.link(nodeid, parent, name)))
 
     @_handler
-    def unlink(self, parent: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        self._union.unlink(parent, name)
+    def unlink(self, parent: int, name: bytes, ctx: pyfuse3.RequestContext) -> Op[None]:
+        yield from self._union.unlink(parent, name)
 
     @_handler
     def rmdir(self, parent: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:

@@ -110,9 +110,8 @@ class Names:
         name = wire.name(exchange.buf, _BODY + wire.MKDIR_IN.size, end)
         return exchange.entry(self._union.mkdir(nodeid, name, mode, exchange.caller(umask)))
 
-    def _unlink(self, nodeid: int, end: int) -> Payload:
-        self._union.unlink(nodeid, wire.name(self._exchange.buf, _BODY, end))
-        return b""
+    def _unlink(self, nodeid: int, end: int) -> Payload | None:
+        return self._exchange.start(self._union.unlink(nodeid, wire.name(self._exchange.buf, _BODY, end)), nothing)
 
     def _rmdir(self, nodeid: int, end: int) -> Payload:
         self._union.rmdir(nodeid, wire.name(self._exchange.buf, _BODY, end))

@@ -21,6 +21,7 @@ from unionfsd.options.text import split_options, unquote
 
 Whiteout = Literal["auto", "chardev", "xattr", "wh"]
 RedirectDir = Literal["on", "follow", "nofollow", "off"]
+Verity = Literal["off", "on", "require"]
 Transport = Literal["auto", "channel", "pyfuse3"]
 Io = Literal["auto", "cached", "passthrough"]
 Switch = Literal["on", "off"]
@@ -34,6 +35,8 @@ class MountConfig:
     """At least one, the top one first."""
     mountpoint: bytes
     """A directory, or ``/dev/fd/N`` when somebody mounted already and N is their /dev/fuse."""
+    datadirs: tuple[bytes, ...] = ()
+    """Layers that show nothing and have the data of files above, top first."""
     upperdir: bytes | None = None
     workdir: bytes | None = None
     """Set exactly when `upperdir` is."""
@@ -48,6 +51,9 @@ class MountConfig:
     userxattr: bool | None = None
     """user.* instead of trusted.* for internal xattrs; None leaves it to what the layers allow."""
     redirect_dir: RedirectDir = "on"
+    metacopy: Switch = "off"
+    verity: Verity = "off"
+    index: Literal["auto", "on", "off"] = "auto"
     timeout: float = FOREVER
     """Seconds the kernel may cache names (also absent ones) and attributes."""
     uid: int | None = None
@@ -141,7 +147,8 @@ class Parsed:
                 fields[name] = os.path.join(cwd, fields[name])
         if isinstance(fields.get("control"), bytes):
             fields["control"] = os.path.join(cwd, fields["control"])
-        fields["lowerdirs"] = tuple(os.path.join(cwd, path) for path in fields.get("lowerdirs", ()))
+        for name in ("lowerdirs", "datadirs"):
+            fields[name] = tuple(os.path.join(cwd, path) for path in fields.get(name, ()))
         warnings = (*self.warnings, *_check_layers(fields))
         return MountConfig(
             mountpoint=os.path.join(cwd, mountpoint),
@@ -158,6 +165,15 @@ def _check_layers(fields: dict[str, Any]) -> Iterator[str]:
         raise UserError("no layer given", hint="say which with -o lowerdir=DIR[:DIR...]")
     if "upperdir" in fields and "workdir" not in fields:
         raise UserError("upperdir needs a workdir", hint="add workdir=DIR, an empty directory beside the upper")
+    if fields.get("metacopy") == "on":
+        _check_metacopy(fields)
     if "workdir" in fields and "upperdir" not in fields:
         del fields["workdir"]
         yield "workdir ignored: without upperdir the union is read-only"
+
+
+def _check_metacopy(fields: dict[str, Any]) -> None:
+    """Redirects lead to the data: what is renamed needs a new one (ovl.rst, "Metadata only copy up")."""
+    redirects = fields.get("redirect_dir", "on")
+    if redirects in ("nofollow", "off") or (redirects == "follow" and "upperdir" in fields):
+        raise UserError(f"metacopy=on does not go with redirect_dir={redirects}", hint="use redirect_dir=on")

@@ -44,11 +44,23 @@ class Value:
 
 
 @dataclass(frozen=True, slots=True)
-class AddLower:
-    """One more lower beneath those given so far; its path may hold colons unescaped."""
+class Lowers:
+    """The option names all lowers, the data-only ones too."""
 
     def apply(self, draft: Draft, name: str, text: str) -> None:
-        draft.fields["lowerdirs"] = (*draft.fields.get("lowerdirs", ()), read_path(text))
+        draft.fields["lowerdirs"], data = read_lowers(text)
+        if data:
+            draft.fields["datadirs"] = data
+
+
+@dataclass(frozen=True, slots=True)
+class AddLower:
+    """One more lower beneath those given so far, in `field`; its path may hold colons unescaped."""
+
+    field: str
+
+    def apply(self, draft: Draft, name: str, text: str) -> None:
+        draft.fields[self.field] = (*draft.fields.get(self.field, ()), read_path(text))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +125,7 @@ class Refused:
         raise UserError(f"option {name}: not supported", hint=self.hint)
 
 
-Effect = Value | AddLower | Word | Flag | Security | Nothing | Later | Refused
+Effect = Value | Lowers | AddLower | Word | Flag | Security | Nothing | Later | Refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,15 +154,22 @@ GROUPS: Final[tuple[tuple[str, tuple[Option, ...]], ...]] = (
         (
             Option(
                 "lowerdir",
-                Value("lowerdirs", read_lowers),
+                Lowers(),
                 "Read-only layers, the top one first. Any number. `\\:`, `\\,` and `\\\\` stand for the characters "
-                "themselves; a relative path starts at the current directory; a symlink is followed.",
-                "DIR[:DIR...]",
+                "themselves; a relative path starts at the current directory; a symlink is followed. Layers after `::` "
+                "are data-only: nothing of them shows but the data of files that lead there (see `metacopy`).",
+                "DIR[:DIR...][::DIR...]",
             ),
             Option(
                 "lowerdir+",
-                AddLower(),
+                AddLower("lowerdirs"),
                 "One more lower, beneath those given before it. Colons need no escape here.",
+                "DIR",
+            ),
+            Option(
+                "datadir+",
+                AddLower("datadirs"),
+                "One more data-only layer, beneath all lowers and those given before it.",
                 "DIR",
             ),
             Option(
@@ -326,10 +345,32 @@ GROUPS: Final[tuple[tuple[str, tuple[Option, ...]], ...]] = (
                 "on|follow|nofollow|off",
                 "on",
             ),
-            Option("metacopy", Later(("off",), ("on",)), "Copying metadata up without data.", "off|on", "off"),
-            Option("index", Later(("off",), ("on",)), "Hard links that survive copy-up.", "off|on", "off"),
+            Option(
+                "metacopy",
+                Value("metacopy", one_of("off", "on")),
+                "Changes of owner, mode, times and xattrs copy no data up: it follows at the first write. Files of "
+                "layers whose data is in a layer below are read only with `on`, or if it is in a data-only layer: who "
+                "can write a layer could name any file of those below.",
+                "off|on",
+                "off",
+            ),
+            Option(
+                "index",
+                Value("index", one_of("auto", "on", "off")),
+                "Hard links of lowers survive copy-up: all names show the one copy. `auto` does so where layers can "
+                "(file handles, xattrs) unless the upper was used with another topmost lower, which `on` refuses.",
+                "auto|on|off",
+                "auto",
+            ),
             Option("nfs_export", Later(("off",), ("on",)), "File handles that survive a remount.", "off|on", "off"),
-            Option("xino", Later(("off", "auto"), ("on",)), "Inode numbers kept over remounts.", "off|auto|on", "off"),
+            Option(
+                "xino",
+                Later(("auto", "on", "off"), ()),
+                "Inode numbers are unique over the layers' file systems and kept over remounts in any case: the mount "
+                "has one device number.",
+                "auto|on|off",
+                "on",
+            ),
             Option(
                 "uuid",
                 Later(("null", "off", "auto"), ("on",)),
@@ -339,9 +380,10 @@ GROUPS: Final[tuple[tuple[str, tuple[Option, ...]], ...]] = (
             ),
             Option(
                 "verity",
-                Later(("off",), ("on",)),
-                "Checking digests of lower files; `require` is refused as long as it is not done.",
-                "off|on",
+                Value("verity", one_of("off", "on", "require")),
+                "Check the data of files that lie in a layer below against the fs-verity digest recorded with them, "
+                "when it is first read; `require` refuses those without one.",
+                "off|on|require",
                 "off",
             ),
         ),

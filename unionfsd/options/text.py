@@ -63,12 +63,13 @@ def read_control(text: str) -> str | bytes:
     return text if text in ("auto", "off") else read_path(text)
 
 
-def read_lowers(text: str) -> tuple[bytes, ...]:
-    """Colon-separated paths."""
+def read_lowers(text: str) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
+    """Colon-separated paths of lowers; those of data-only lowers, each of which comes after two colons."""
     pieces = split(text, ":")
-    if "" in pieces:
-        raise ValueError("empty path between colons ('::', data-only layers, is not supported yet)")
-    return tuple(read_path(piece) for piece in pieces)
+    end = pieces.index("") if "" in pieces else len(pieces)
+    if not end or any(pieces[end::2]) or (len(pieces) - end) % 2:
+        raise ValueError("empty path between colons; data-only layers come last, each after '::'")
+    return tuple(map(read_path, pieces[:end])), tuple(map(read_path, pieces[end + 1 :: 2]))
 
 
 def read_text(text: str) -> str:

@@ -1,0 +1,85 @@
+"""Copying the data of a file: shared where the file system can, with its holes, in the kernel where that goes."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Final
+
+from . import syscalls
+
+_CHUNK: Final = 1 << 20
+_NO_COPY_RANGE: Final = {errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.ETXTBSY}
+_NO_CLONE: Final = _NO_COPY_RANGE | {errno.ENOTTY, errno.EISDIR, errno.EBADF}
+
+
+def copy_data(source: int, target: int, length: int, st: os.stat_result) -> int:
+    """Copy the first `length` bytes of `source`, whose fstat is `st`, into the empty `target`; returns bytes copied.
+
+    Shares blocks where the file system can; otherwise holes stay holes.
+    """
+    if length == st.st_size and _clone(source, target):
+        return 0
+    copied = 0
+    for start, end in _extents(source, length, st):
+        _copy_extent(source, target, start, end)
+        copied += end - start
+    syscalls.truncate(target, length)
+    return copied
+
+
+def _clone(source: int, target: int) -> bool:
+    try:
+        syscalls.clone(target, source)
+    except OSError as exc:
+        if exc.errno in _NO_CLONE:
+            return False
+        raise
+    return True
+
+
+def _extents(fd: int, length: int, st: os.stat_result) -> list[tuple[int, int]]:
+    """Ranges of the first `length` bytes of `fd` that hold data."""
+    if not length:
+        return []
+    if st.st_blocks * 512 >= st.st_size:
+        return [(0, length)]
+    ranges = []
+    end = 0
+    while end < length:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError as exc:
+            if exc.errno == errno.ENXIO:
+                break
+            if exc.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+                return [(0, length)]
+            raise
+        if start >= length:
+            break
+        end = min(os.lseek(fd, start, os.SEEK_HOLE), length)
+        ranges.append((start, end))
+    return ranges
+
+
+def _copy_extent(source: int, target: int, start: int, end: int) -> None:
+    at = start
+    while at < end:
+        done = _copy_range(source, target, end - at, at)
+        if not done:
+            break
+        at += done
+    while at < end:
+        data = os.pread(source, min(_CHUNK, end - at), at)
+        if not data:
+            raise OSError(errno.EIO, "lower file shrank while it was copied up")
+        at += syscalls.pwrite(target, data, at)
+
+
+def _copy_range(source: int, target: int, count: int, offset: int) -> int:
+    try:
+        return syscalls.copy_range(source, target, count, offset, offset)
+    except OSError as exc:
+        if exc.errno in _NO_COPY_RANGE:
+            return 0
+        raise
