@@ -5,6 +5,8 @@ python := .venv/bin/python
 sudo := $(if $(filter 0,$(shell id -u)),,$(shell command -v sudo))
 # More arguments for pytest, as in: make test PYTEST_ARGS='-k rename -x'
 PYTEST_ARGS :=
+# More for the benchmark, as in: make bench BENCH_ARGS='--rounds 1 --only small'
+BENCH_ARGS :=
 
 # Where `make install` puts things, beneath DESTDIR; mount(8) looks for its helpers in /sbin only.
 PREFIX := /usr/local
@@ -12,7 +14,7 @@ HELPERDIR := /sbin
 # FUSE_OVERLAYFS=yes also installs a program of that name, for those who look for it by name.
 FUSE_OVERLAYFS :=
 
-.PHONY: help setup demo test test-lowest check lint install clean
+.PHONY: help setup demo test test-lowest check lint bench install clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +39,10 @@ lint: setup ## formatting, ruff, strict types
 
 check: lint ## lint, floors, unit and union tests: the quick round before a commit
 	$(sudo) $(python) -m pytest $(PYTEST_ARGS) tests/unit tests/union
+
+bench: setup ## time the same work on kernel overlayfs, fuse-overlayfs and unionfsd; a table and docs/images/bench.svg
+	@mkdir -p docs/images
+	$(sudo) $(python) scripts/bench $(BENCH_ARGS) --picture docs/images/bench.svg
 
 install: setup ## install into PREFIX (/usr/local), beneath DESTDIR: programs, units, manual pages, completions
 	scripts/install '$(DESTDIR)' '$(PREFIX)' '$(HELPERDIR)' '$(FUSE_OVERLAYFS)'
