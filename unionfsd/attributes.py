@@ -147,6 +147,8 @@ class Attributes:
         if change.writeback and self._is_kept(node, change):
             return self.get(node)
         yield from self._to_upper(node, change.size)
+        if change.mtime_ns is not None and node.open is not None:
+            node.open.mtime_ns = change.mtime_ns
         if change.size is not None:
             fd = yield from self._handles.writable(node)
             syscalls.truncate(fd.fd, change.size)

@@ -22,7 +22,7 @@ from .fdcache import FdCache
 from .inodes import DirNode, Node, NodeTable, OpenState
 from .lookup import Resolver
 from .steps import Blocking, Op
-from .syscalls import Fd
+from .syscalls import UTIME_OMIT, Fd
 
 #: Writes up to this size go to the page cache without a thread.
 _INLINE_WRITE: Final = 256 * 1024
@@ -159,6 +159,24 @@ class Handles:
             return _write_all(fd, view, offset)
         done: int = yield Blocking(partial(_write_all, fd, view, offset))
         return done
+
+    def write_late(self, node: Node, data: memoryview, offset: int) -> Op[int]:
+        """As `write`, of what the kernel kept in its writeback cache.
+
+        The time of the change was when it was written there, and the kernel says it, before this or after. So the mtime
+        stays as it is, over all such writes that are under way together.
+        """
+        fd = yield from self.writable(node)
+        state = node.state()
+        if not state.arriving:
+            state.mtime_ns = os.fstat(fd.fd).st_mtime_ns
+        state.arriving += 1
+        try:
+            return (yield from self.write(node, data, offset))
+        finally:
+            state.arriving -= 1
+            if not state.arriving:
+                syscalls.utimens(fd.fd, UTIME_OMIT, state.mtime_ns)
 
     def flush(self, node: Node) -> Op[None]:
         """close(2) of one descriptor: nothing is kept back that an error could come from."""

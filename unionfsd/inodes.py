@@ -123,9 +123,10 @@ class OpenState(Holder):
 
     `writable`: `fd` is O_RDWR and of the upper. `opens`: how often the kernel has it open, where it says so.
     `orphan`: O_PATH fd of an upper object without a name. `gate`: its copy-up is under way until it opens.
+    `arriving`: writes from the kernel's cache that are under way; `mtime_ns`: what they must not change.
     """
 
-    __slots__ = ("gate", "opens", "orphan", "writable")
+    __slots__ = ("arriving", "gate", "mtime_ns", "opens", "orphan", "writable")
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,6 +134,8 @@ class OpenState(Holder):
         self.opens = 0
         self.orphan: Fd | None = None
         self.gate: Gate | None = None
+        self.arriving = 0
+        self.mtime_ns = 0
 
     def drop(self) -> None:
         super().drop()

@@ -300,6 +300,11 @@ class Union:
         self._change()
         return self._handles.write(self._table.get(nodeid), data, offset)
 
+    def write_late(self, nodeid: int, data: memoryview, offset: int) -> Op[int]:
+        """As `write`, of what the kernel has kept since it was written: the mtime, which it knows, is left alone."""
+        self._change()
+        return self._handles.write_late(self._table.get(nodeid), data, offset)
+
     def flush(self, nodeid: int) -> Op[None]:
         return self._handles.flush(self._table.get(nodeid))
 

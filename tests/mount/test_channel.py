@@ -107,6 +107,15 @@ def test_small_writes_are_gathered_and_there_when_the_file_is_closed(traced: Dae
     assert (traced.layers.upper / "log").read_bytes() == b"a line\n" * 50
 
 
+def test_the_time_of_a_change_through_a_mapping_is_when_it_was_made(traced: Daemon) -> None:
+    with (traced / "d/file").open("r+b", buffering=0) as file, mmap.mmap(file.fileno(), 0) as view:
+        view[0:1] = b"x"
+        written = os.fstat(file.fileno()).st_mtime_ns
+        time.sleep(0.02)
+    traced.remount()
+    assert (traced / "d/file").stat().st_mtime_ns == written
+
+
 def test_what_is_still_kept_by_the_kernel_is_no_hole(traced: Daemon) -> None:
     with (traced / "new").open("wb", buffering=0) as new:
         new.write(b"data")

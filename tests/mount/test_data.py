@@ -7,6 +7,7 @@ import mmap
 import os
 import sqlite3
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -374,3 +375,18 @@ def test_a_database_in_a_lower_is_updated_in_place(layers: Layers, plain: Path, 
         database.close()
     assert found[0] == found[1]
     assert os.listdir(mount.path) == ["db"]
+
+
+def test_the_time_of_a_change_is_when_it_was_written_however_late_it_arrives(
+    layers: Layers, mounted: MountFactory
+) -> None:
+    mount = mounted()
+    with (mount / "new").open("wb", buffering=0) as new:
+        new.write(bytes(4 << 20))
+        time.sleep(0.02)
+        written = os.fstat(new.fileno()).st_mtime_ns
+        os.fsync(new.fileno())
+        assert (layers.upper / "new").stat().st_mtime_ns == written
+    assert (mount / "new").stat().st_mtime_ns == written
+    mount.remount()
+    assert (mount / "new").stat().st_mtime_ns == written

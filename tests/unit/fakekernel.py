@@ -174,6 +174,9 @@ class FakeUnion:
         yield from ()
         return len(data)
 
+    def write_late(self, nodeid: int, data: memoryview, offset: int) -> Op[int]:
+        return self.write(nodeid, data, offset)
+
     def lseek(self, nodeid: int, offset: int, whence: int) -> Op[int]:
         yield from ()
         return offset & 0xFFFF

@@ -134,11 +134,13 @@ class Files:
         if size != end - _DATA:
             raise wire.WireError(f"WRITE of {size} bytes holds {end - _DATA}")
         inbox = exchange.inbox
-        op = self._union.write(nodeid, inbox.view[_DATA:end], offset)
+        data = inbox.view[_DATA:end]
+        if flags & abi.FUSE_WRITE_CACHE and self.flush is not None:
+            op = self._from_cache(self._union.write_late(nodeid, data, offset), nodeid)
+        else:
+            op = self._union.write(nodeid, data, offset)
         if flags & abi.FUSE_WRITE_KILL_SUIDGID:
             op = self._unprivileged(op, nodeid)
-        if flags & abi.FUSE_WRITE_CACHE:
-            op = self._from_cache(op, nodeid)
         return exchange.start(op, wire.WRITE_OUT.pack, inbox)
 
     def _from_cache(self, op: Op[int], nodeid: int) -> Op[int]:
