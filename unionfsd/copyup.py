@@ -210,7 +210,8 @@ class CopyUp:
 
     def _is_alone(self, node: Node) -> bool:
         """Whether another object may take the place of an upper file: it has one name, and nobody may know others."""
-        return not node.unlinked and node.links is None and self._resolver.stat(node).st_nlink == 1
+        several = node.unlinked or node.links is not None or node.entry.index is not None
+        return not several and self._resolver.stat(node).st_nlink == 1
 
     def _replace(self, node: Node, state: OpenState, source: Source, size: int | None) -> Op[None]:
         """Stage a whole file and publish it in place of the one without data."""
@@ -258,7 +259,7 @@ class CopyUp:
         for name in xattr_names(target.fd):
             if name in fmt.METACOPY_NAMES:
                 syscalls.removexattr(target.fd, name)
-        node.entry = UPPER
+        node.entry = node.entry.with_data(None)
         self._fds.admit(state, target)
         state.writable = True
 

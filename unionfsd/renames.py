@@ -25,6 +25,9 @@ from .steps import Op
 from .syscalls import stat_or_none
 from .workdir import Workdir
 
+#: At most so much space do xattrs take that are outside of the inode; a file without data takes no more.
+_XATTR_BYTES: Final = 1 << 16
+
 RENAME_FLAGS: Final = syscalls.RENAME_NOREPLACE | syscalls.RENAME_EXCHANGE
 
 
@@ -103,7 +106,7 @@ class Renames:
         """Before an object moves: one with lowers says what they call it, a directory without hides what it covers."""
         self._places.expect_origin(there, hit.entry, here.parent)
         if not stat.S_ISDIR(hit.st.st_mode):
-            if stat.S_ISREG(hit.st.st_mode):
+            if stat.S_ISREG(hit.st.st_mode) and hit.st.st_blocks * 512 < max(hit.st.st_size, _XATTR_BYTES):
                 self._redirect_data(here, there)
             return
         if hit.entry.lowers:

@@ -84,6 +84,8 @@ class Union:
         copy_up = None
         if work is not None:
             metacopy = config.metacopy == "on"
+            if metacopy and not work.abilities.can_redirect:
+                log.warning("metacopy=on: the upper cannot keep what it takes, data is copied up with metadata")
             rekey = self._table.rekey
             copy_up = CopyUp(self._resolver, work, self._fds, self.counters, metacopy=metacopy, rekey=rekey)
         self._mutations = None

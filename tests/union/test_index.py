@@ -257,8 +257,10 @@ def test_metacopy_and_index(stack: Stack) -> None:
         assert seen_by_kernel(stack, b"metacopy=on") == seen
     union = stack.union(index="on", metacopy="on")
     client = Client(union)
-    client.append(D, b"!")
-    assert client.read(A, 100, 0) == b"lower data!"
+    client.append(A, b"!")
+    client.link(A, C)
+    assert {client.read(name, 100, 0) for name in (A, C, D)} == {b"lower data!"}
+    assert {client.getattr(name).nlink for name in (A, C, D)} == {3}
     union.close()
 
 

@@ -15,6 +15,7 @@ from tests.union.stack import Stack, has_kernel_overlayfs, overlay, scratch_dire
 from tests.union.test_crash import Case, crash_everywhere, fail_everywhere
 from tests.union.trees import OLD, Entry, Obj, diff, directory, regular, snapshot
 from unionfsd import steps, verity
+from unionfsd.changes import changes
 from unionfsd.format import METACOPY, REDIRECT, TRUSTED, Digest, encode_metacopy
 
 KERNEL = has_kernel_overlayfs()
@@ -330,3 +331,17 @@ def test_crash_and_fault(scenario: Scenario, scratch: bytes) -> None:
     assert case.errno == 0
     crash_everywhere(case)
     fail_everywhere(case)
+
+
+def test_changes_say_what_was_changed(stack: Stack) -> None:
+    """A file without data has that of the lower, and does not count as changed in it."""
+    union = stack.union(metacopy="on")
+    client = Client(union)
+    client.chmod((b"f",), 0o600)
+    client.chmod((b"g",), 0o600)
+    client.chmod((b"g",), 0o644)
+    client.append((b"d", b"h"), b"!")
+    client.utimens((b"d", b"h"), OLD, OLD)
+    found = {change.path: change.fields for change in changes(union.reader())}
+    assert found == {b"/f": ("mode",), b"/d/h": ("size",)}
+    union.close()
