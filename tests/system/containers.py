@@ -82,11 +82,13 @@ mount --bind {site} site
 class Store:
     """An image store in `root` whose overlay driver mounts by unionfsd, for as long as `with` lasts.
 
-    It is root's or, `rootless`, an ordinary user's. `options` are mount options for every mount.
+    It is root's or, `rootless`, an ordinary user's. `options` are mount options for every mount. With `program`, that
+    is the mount program in place of unionfsd.
     """
 
-    def __init__(self, root: Path, *options: str, rootless: bool = False) -> None:
+    def __init__(self, root: Path, *options: str, rootless: bool = False, program: Path | None = None) -> None:
         self.root = root
+        self._program = program
         self.log = root / "log"
         self.share = root / "share"
         self._options = ",".join([f"log={self.log}", *options])
@@ -111,7 +113,11 @@ class Store:
 
     def _configure(self) -> None:
         program = self.root / "mount-program"
-        paths = {"root": self.root, "program": program, "options": self._options}
+        paths = {
+            "root": self.root,
+            "program": self._program or program,
+            "options": "" if self._program else self._options,
+        }
         (self.root / "containers.conf").write_text(_CONTAINERS_CONF.format(**paths))
         (self.root / "storage.conf").write_text(_STORAGE_CONF.format(**paths))
         python, environment = sys.executable, {"PYTHONPATH": str(PROJECT)}
