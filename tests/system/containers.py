@@ -10,6 +10,7 @@ Rules this file obeys:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -204,6 +205,18 @@ class Store:
             if b"unionfsd" in words and any(here in word for word in words):
                 found.append(int(process.name))
         return found
+
+    def leftovers(self) -> str:
+        """What is left of unions, and which processes have their mounts: for who wonders why."""
+        lines = [f"mounted: {path}" for path in self.mounts()]
+        for pid in self.daemons():
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            lines.append(f"{pid}: {words}")
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if f" {self.root}/store/overlay/" in (process / "mountinfo").read_text():
+                    lines.append(f"{process.name} has mounts: {(process / 'cmdline').read_bytes()!r}")
+        return "\n".join(lines)
 
     def mounts(self) -> list[str]:
         """The unions that are mounted in the store."""
