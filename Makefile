@@ -14,7 +14,7 @@ HELPERDIR := /sbin
 # FUSE_OVERLAYFS=yes also installs a program of that name, for those who look for it by name.
 FUSE_OVERLAYFS :=
 
-.PHONY: help setup demo test test-lowest check lint bench install clean
+.PHONY: help setup demo test test-lowest check lint bench bench-podman install screenshots clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,12 @@ bench: setup ## time the same work on kernel overlayfs, fuse-overlayfs and union
 
 install: setup ## install into PREFIX (/usr/local), beneath DESTDIR: programs, units, manual pages, completions
 	scripts/install '$(DESTDIR)' '$(PREFIX)' '$(HELPERDIR)' '$(FUSE_OVERLAYFS)'
+
+screenshots: setup ## make the pictures of the README from the real programs
+	$(sudo) $(python) -m scripts.screenshots
+
+bench-podman: setup ## time podman over unionfsd and over fuse-overlayfs
+	$(sudo) $(python) -m scripts.bench_podman
 
 clean: ## remove everything the other verbs made
 	@# Tests that ran under sudo leave files of root behind.

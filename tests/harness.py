@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol, Self, TypeVar
 
 from tests.trees import fingerprint
+from unionfsd.control.client import Client
+from unionfsd.ctl import find
 
 T = TypeVar("T")
 
@@ -343,6 +345,11 @@ class Daemon(Mount):
     def fds(self) -> int:
         """Descriptors the daemon has open."""
         return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def settle(self) -> None:
+        """Have it end its start: it answers before all of it is there, and the rest waits until somebody wants it."""
+        with Client(find.locate(os.fsencode(self.path)).socket) as client:
+            client.call("status")
 
     def open_files(self) -> list[str]:
         """What the daemon's descriptors refer to; one closed meanwhile is left out."""

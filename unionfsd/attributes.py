@@ -73,6 +73,20 @@ class SetAttr:
     mtime_ns: int | None = None
     writeback: bool = False
 
+    def fields(self) -> tuple[str, ...]:
+        """What somebody asked to change."""
+        if self.writeback:
+            return ()
+        named = {
+            "mode": self.mode,
+            "uid": self.uid,
+            "gid": self.gid,
+            "size": self.size,
+            "atime": self.atime_ns,
+            "mtime": self.mtime_ns,
+        }
+        return tuple(name for name, value in named.items() if value is not None)
+
 
 class Owned:
     """A stat whose owner is another: for mounts that show everything as one user's."""

@@ -26,10 +26,11 @@ from typing import Final
 
 from . import format as fmt
 from . import syscalls, verity
+from .events import Events
 from .fdcache import FdCache
 from .filecopy import copy_data
 from .index import Index
-from .inodes import UPPER, DirNode, Entry, Node, OpenState, Source
+from .inodes import UPPER, DirNode, Entry, Node, OpenState, Source, path_of
 from .layers import LowerDir, exists, optional_xattr, read_data_marks, xattr_names
 from .lookup import Resolver
 from .metrics import Counters
@@ -52,6 +53,7 @@ class CopyUp:
         work: Workdir,
         fds: FdCache,
         counters: Counters,
+        events: Events | None = None,
         *,
         metacopy: bool = False,
         rekey: Callable[[Node, tuple[int, int]], None] = lambda node, key: None,
@@ -63,6 +65,7 @@ class CopyUp:
         self._work = work
         self._fds = fds
         self._counters = counters
+        self._events = Events() if events is None else events
 
     def directory(self, node: DirNode) -> int:
         """See that `node` and all above it are in the upper; returns the number of the upper directory's fd."""
@@ -183,7 +186,7 @@ class CopyUp:
             try:
                 indexed = self._record_leaf_origin(staged.fd.fd, lower, node)
                 fill = partial(_fill, staged.fd, source, elsewhere, metadata, size, sync=not self._work.volatile)
-                yield from self._run(fill, metadata.st.st_size)
+                yield from self._run(fill, metadata.st.st_size, node, staged.fd)
                 # The gate kept the node a lower one; names and parents are looked at only from here on.
                 self._finish(node, staged, metadata.st.st_nlink if indexed else None)
             except BaseException:
@@ -219,7 +222,7 @@ class CopyUp:
         try:
             length = self._resolver.stat(node).st_size if size is None else size
             fill = partial(_fill_data, staged.fd, source.open(self._fds), source, length, sync=not self._work.volatile)
-            yield from self._run(fill, length)
+            yield from self._run(fill, length, node, staged.fd)
             # Meanwhile its attributes may have changed, and its names.
             if not self._is_alone(node):
                 staged.abandon()
@@ -253,7 +256,8 @@ class CopyUp:
             target = syscalls.reopen(found.fd, os.O_RDWR)
         before = read_metadata(target.fd)
         length, sync = before.st.st_size, not self._work.volatile
-        yield from self._run(partial(_fill_data, target, source.open(self._fds), source, length, sync=sync), length)
+        fill = partial(_fill_data, target, source.open(self._fds), source, length, sync=sync)
+        yield from self._run(fill, length, node, target)
         _restore_privileges(target.fd, before)
         syscalls.utimens(target.fd, before.st.st_atime_ns, before.st.st_mtime_ns)
         for name in xattr_names(target.fd):
@@ -263,11 +267,12 @@ class CopyUp:
         self._fds.admit(state, target)
         state.writable = True
 
-    def _run(self, fill: Callable[[], int], size: int) -> Op[None]:
+    def _run(self, fill: Callable[[], int], size: int, node: Node, target: Fd) -> Op[None]:
         if self._work.volatile and size <= _INLINE:
             self._counters.copied_bytes += fill()
         else:
-            self._counters.copied_bytes += yield Blocking(fill)
+            with self._counters.working("copy-up", path_of(node), size, partial(_size, target)):
+                self._counters.copied_bytes += yield Blocking(fill)
 
     def _finish(self, node: Node, staged: Staged, names: int | None) -> None:
         """Publish under the name that `node` has now; one that has none lives on in its descriptor.
@@ -325,6 +330,8 @@ class CopyUp:
         else:
             node.entry = UPPER
         self._restore_times(dirfd, before)
+        if self._events.recording:
+            self._events.record("copy-up", path_of(node))
 
     def _restore_times(self, dirfd: int, before: os.stat_result) -> None:
         """Put the times of the parent back. Best effort: the copy is published, and failing now would deny it."""
@@ -416,6 +423,11 @@ def _copy_xattr(fd: int, name: bytes, value: bytes) -> None:
         if exc.errno != errno.EOPNOTSUPP or name.startswith(b"security.") or name in (fmt.ACL_ACCESS, fmt.ACL_DEFAULT):
             raise
         log.debug("copy-up: the upper keeps no xattr %s", os.fsdecode(name))
+
+
+def _size(fd: Fd) -> int:
+    """How far a copy into the file is: it grows."""
+    return os.fstat(fd.fd).st_size
 
 
 def _fill(target: Fd, source: Fd, elsewhere: Source | None, metadata: Metadata, size: int | None, *, sync: bool) -> int:

@@ -4,8 +4,9 @@ Up: layers opened and locked, mounted, transport imported, served; then standard
 READY last. Down: unmounted, the transport returns, the union synced and closed. What fails on the way up takes down
 what was up before it, so nothing is left mounted.
 
-The mount exists, and answers, before trio is imported (`Channel.begin`). Between mounting and the signal receiver the
-signals that stop us are blocked, so that none can leave a dead mount behind.
+The mount exists, and answers, before trio is imported (`Channel.begin`), which takes longer than all the rest: not
+until something needs an event loop, and never for a mount that is gone before. Between mounting and the signal receiver
+the signals that stop us are blocked, so that none can leave a dead mount behind.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
 
-from unionfsd import errors, logs, systemd
+from unionfsd import errors, logs, steps, systemd
 from unionfsd.control.listener import Control
 from unionfsd.errors import UserError
 from unionfsd.fuse import mounting
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+#: What the descriptor that serves a mount is called where a service manager keeps it.
+_FUSE: Final = "fuse"
+#: Seconds that a mount nobody asks anything of may do without the event loop: most that are made for a moment are gone.
+_PATIENCE: Final = 5.0
 _STOP_SIGNALS: Final = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
 
 
@@ -54,7 +59,7 @@ def run(config: MountConfig, *, foreground: bool) -> int:
     mounting.check_mountpoint(config.mountpoint)
     if not foreground:
         return _in_background(config)
-    logs.start(debug=config.debug, path=config.log, quiet=False)
+    logs.start(debug=config.debug, path=config.log, quiet=False, mountpoint=config.mountpoint)
     _attend(config, up=lambda: None)
     return errors.OK
 
@@ -113,7 +118,7 @@ def _daemon(config: MountConfig, sender: int) -> int:
         told = True
 
     try:
-        logs.start(debug=config.debug, path=config.log, quiet=True)
+        logs.start(debug=config.debug, path=config.log, quiet=True, mountpoint=config.mountpoint)
         _attend(config, up=up)
     except Exception as error:
         code, message = logs.explain(error)
@@ -179,14 +184,26 @@ def _serve(union: Union, mount: Mount, control: Control, config: MountConfig, up
         up()
         log.info("mounted on %s", os.fsdecode(config.mountpoint))
         systemd.notify("READY=1", f"MAINPID={os.getpid()}")
+        if systemd.keeps_fds():
+            systemd.store(_FUSE, mount.fuse_fd)
         answering.set()
 
     transport = _transport(union, mount, control, config, started)
+    if transport is None:
+        try:
+            steps.run(union.shutdown())
+        except OSError as error:
+            raise _not_synced(None, error) from None
+        return
     import trio  # late: the mount is there already, see the head of this file
 
     gc.freeze()
     gc.enable()
-    trio.run(_serve_until_gone, union, mount, control, config, transport, answering)
+    try:
+        trio.run(_serve_until_gone, union, mount, control, config, transport, answering)
+    finally:
+        if systemd.keeps_fds():  # a copy that is kept would keep the mount from ending
+            systemd.forget(_FUSE)
 
 
 class _Answering:
@@ -211,8 +228,8 @@ class _Answering:
 
 def _transport(
     union: Union, mount: Mount, control: Control, config: MountConfig, started: Callable[[], None]
-) -> Transport:
-    """What serves the mount. The kernel channel has begun to when this returns."""
+) -> Transport | None:
+    """What serves the mount. The kernel channel has begun to when this returns, and may have ended already: None."""
     if config.transport == "pyfuse3":
         from unionfsd.fuse import libfuse
 
@@ -220,7 +237,12 @@ def _transport(
     from unionfsd.fuse import channel
 
     serving = channel.channel(union, mount.fuse_fd, config, started)
-    serving.begin(lambda: control.asked() or not _STOP_SIGNALS.isdisjoint(signal.sigpending()))
+    # A service manager wants to hear from us, by the event loop.
+    patience = 0.0 if systemd.listening() else _PATIENCE
+    serving.begin(lambda: control.asked() or not _STOP_SIGNALS.isdisjoint(signal.sigpending()), patience)
+    if serving.gone:
+        serving.close()
+        return None
     return Transport(serving.run, serving.quiesce)
 
 
@@ -255,10 +277,14 @@ async def _serve_until_gone(
     try:
         await drive(union.shutdown())
     except OSError as error:
-        what = f"the upper could not be synced: {errors.reason(error)}"
-        failure = failure or UserError(what, hint="what was written last may be lost", code=errors.LAYER)
+        failure = _not_synced(failure, error)
     if failure is not None:
         raise failure
+
+
+def _not_synced(failure: Exception | None, error: OSError) -> Exception:
+    what = f"the upper could not be synced: {errors.reason(error)}"
+    return failure or UserError(what, hint="what was written last may be lost", code=errors.LAYER)
 
 
 async def _serve_clients(
@@ -287,6 +313,7 @@ def _mounted(
     import trio
 
     from unionfsd.control.mounted import Mounted
+    from unionfsd.fuse.abi import Opcode
     from unionfsd.fuse.driver import drive, quiesce
     from unionfsd.fuse.notify import Notifier
 
@@ -311,6 +338,7 @@ def _mounted(
         drive=drive,
         quiesce=all_ended,
         unmount=unmount,
+        requests={opcode.value: opcode.name for opcode in Opcode},
     )
 
 

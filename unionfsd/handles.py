@@ -83,7 +83,7 @@ class Handles:
             # Meanwhile it may have been copied up; if not, it need not be checked again.
             if node.entry.data is data:
                 node.entry = node.entry.with_data(data._replace(digest=None))
-        state.hot = True
+        state.hot += 1
         return state.fd
 
     def _admit(self, state: OpenState, fd: Fd, *, writable: bool = False) -> None:
@@ -99,7 +99,7 @@ class Handles:
                 yield from self._copy_up.node(node, size)
             state = node.state()
             if state.fd is not None and state.writable:
-                state.hot = True
+                state.hot += 1
                 return state.fd
             fd = self._open(node, state, write=True)
             if node.entry.data is None:

@@ -378,6 +378,14 @@ class NodeTable:
             node.open.orphan = None
 
 
+class NamesKept(NamedTuple):
+    """Lower directories, merged, whose names are kept; the names in all; how often one was read, so far."""
+
+    lists: int
+    names: int
+    read: int
+
+
 class KeptNames:
     """Which directories have merged names of their lowers: at most `limit` names in all, the oldest go first."""
 
@@ -385,10 +393,12 @@ class KeptNames:
         self._limit = limit
         self._nodes: dict[DirNode, int] = {}
         self._count = 0
+        self._read = 0
 
     def keep(self, node: DirNode) -> None:
         """`node` has its `lower_names` now."""
         assert node.lower_names is not None
+        self._read += 1
         self.released(node)
         self._nodes[node] = len(node.lower_names)
         self._count += len(node.lower_names)
@@ -410,6 +420,10 @@ class KeptNames:
         self._count = 0
         return count
 
+    def held(self) -> NamesKept:
+        """What is kept now."""
+        return NamesKept(len(self._nodes), self._count, self._read)
+
 
 class Links:
     """The names of an upper object beyond the node's own, and its (st_dev, st_ino)."""
@@ -419,6 +433,22 @@ class Links:
     def __init__(self, key: tuple[int, int]) -> None:
         self.key = key
         self.names: set[tuple[DirNode, bytes]] = set()
+
+
+def path_to(parent: Node, name: bytes) -> bytes:
+    """The path of `name` in `parent` from the root of the mount, as far as `parent` has one: ``/a/b``."""
+    names = [name]
+    while parent.parent is not None:
+        names.append(parent.name)
+        parent = parent.parent
+    return b"/" + b"/".join(reversed(names))
+
+
+def path_of(node: Node) -> bytes | None:
+    """A path of `node` from the root of the mount; None when it has no name any more."""
+    if node.parent is None:
+        return b"/"
+    return None if node.unlinked else path_to(node.parent, node.name)
 
 
 def child(parent: DirNode, name: bytes) -> Node | None:

@@ -149,7 +149,7 @@ class LowerDir(Holder):
     def open(self, fds: FdCache) -> int:
         """The number of its O_PATH fd, good until the next call that opens one."""
         if self.fd is not None:
-            self.hot = True
+            self.hot += 1
             return self.fd.fd
         missing: list[LowerDir] = []
         at: LowerDir = self

@@ -13,9 +13,9 @@ Rules this file obeys:
 from __future__ import annotations
 
 import stat
+from _blake2 import blake2b  # hashlib's own; hashlib itself loads OpenSSL, a twentieth of the start
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from hashlib import blake2b
 from typing import Final, NamedTuple
 
 from . import format as fmt

@@ -9,10 +9,13 @@ import logging
 import os
 import sys
 import syslog
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from unionfsd import errors
 from unionfsd.errors import UserError, one_line, reason
+
+if TYPE_CHECKING:
+    from unionfsd.journal import Journal
 
 log = logging.getLogger(__name__)
 
@@ -24,18 +27,25 @@ _PRIORITIES: Final = (
 )
 
 
-def start(*, debug: bool, path: bytes | None, quiet: bool) -> None:
-    """Begin to log: to the file `path`, else to standard error, where `quiet` leaves out what is no trouble."""
-    handler: logging.Handler
+def start(*, debug: bool, path: bytes | None, quiet: bool, mountpoint: bytes | None = None) -> None:
+    """Begin to log: to the file `path`, else to standard error, where `quiet` leaves out what is no trouble.
+
+    Standard error that is the journal gets entries with fields, `mountpoint` among them.
+    """
     if path is None:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(_ForJournal() if _to_journal() else _ForPeople())
+        handler = (_journal(mountpoint) if _to_journal() else None) or _to_stderr()
     else:
         handler = _open(path)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.DEBUG if debug else logging.WARNING if quiet and path is None else logging.INFO)
+
+
+def _to_stderr() -> logging.Handler:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_ForJournal() if _to_journal() else _ForPeople())
+    return handler
 
 
 def to_syslog() -> None:
@@ -79,6 +89,50 @@ def _to_journal() -> bool:
     except OSError:
         return False
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def _journal(mountpoint: bytes | None) -> logging.Handler | None:
+    """What writes to the journal itself; None where it cannot be reached: then lines have to do."""
+    from unionfsd.journal import Journal  # late: few mounts log to it
+
+    try:
+        return _Journal(Journal(), mountpoint)
+    except OSError:
+        return None
+
+
+class _Journal(logging.Handler):
+    """Entries of the journal (systemd.journal-fields(7)), with what tells mounts and failures apart."""
+
+    def __init__(self, to: Journal, mountpoint: bytes | None) -> None:
+        super().__init__()
+        self._to = to
+        self._always = {"SYSLOG_IDENTIFIER": "unionfsd"}
+        if mountpoint is not None:
+            self._always["UNIONFSD_MOUNTPOINT"] = os.fsdecode(mountpoint)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        fields = {
+            "MESSAGE": self.format(record),
+            "PRIORITY": str(_priority(record)),
+            **self._always,
+            "SYSLOG_PID": str(record.process),
+            "CODE_FILE": record.pathname,
+            "CODE_LINE": str(record.lineno),
+            "CODE_FUNC": record.funcName or "",
+            "UNIONFSD_LOGGER": record.name,
+        }
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, OSError) and error.errno is not None:
+            fields["ERRNO"] = str(error.errno)
+        try:
+            self._to.send(fields)
+        except OSError:
+            self.handleError(record)
+
+    def close(self) -> None:
+        self._to.close()
+        super().close()
 
 
 class _ForJournal(logging.Formatter):

@@ -29,7 +29,7 @@ from . import format as fmt
 from . import syscalls
 from .fdcache import FdCache
 from .index import Index
-from .inodes import UPPER, DirNode, Entry, KeptNames, Node, Source
+from .inodes import UPPER, DirNode, Entry, KeptNames, NamesKept, Node, Source
 from .layers import DataMarks, LayerStack, LowerDir, exists, optional_xattr, read_data_marks, read_marks
 from .listing import DT_DIR, Listing, LowerNames, UpperNames, merge, read_lowers, read_upper
 from .options import Verity
@@ -98,7 +98,7 @@ class Resolver:
         """Number of the O_PATH fd of the upper directory of `node`, which is in the upper."""
         holder = node.handle
         if holder.fd is not None:
-            holder.hot = True
+            holder.hot += 1
             return holder.fd.fd
         missing: list[DirNode] = []
         at: DirNode | None = node
@@ -454,6 +454,10 @@ class Resolver:
     def released(self, node: DirNode) -> None:
         """`node` is gone: nothing is kept for it."""
         self._kept.released(node)
+
+    def names_kept(self) -> NamesKept:
+        """What is kept of lower directories."""
+        return self._kept.held()
 
     def forget_names(self) -> int:
         """Keep no merged names; returns how many that were."""

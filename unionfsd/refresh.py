@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from .fdcache import FdCache
-from .inodes import DirNode, Node, NodeTable, child
+from .inodes import DirNode, Node, NodeTable, child, path_of
 from .lookup import Hit, Resolver
 
 
@@ -40,6 +40,13 @@ class Dropped(NamedTuple):
     names: int
 
 
+class Opened(NamedTuple):
+    """A file that is open: its path, None without a name, and how often."""
+
+    path: bytes | None
+    opens: int
+
+
 class Memory:
     """What one mount remembers."""
 
@@ -55,6 +62,17 @@ class Memory:
     def nodeids(self) -> list[int]:
         """Of everything known."""
         return [node.nodeid for node in self._table]
+
+    def path(self, nodeid: int) -> bytes | None:
+        """A path from the root of the mount of what is known by `nodeid`; None when it has none, or is unknown."""
+        try:
+            return path_of(self._table.get(nodeid))
+        except OSError:
+            return None
+
+    def opened(self) -> list[Opened]:
+        """The files that the kernel says it has open. With io=cached it does not say."""
+        return [Opened(path_of(node), node.open.opens) for node in self._table if node.open and node.open.opens]
 
     def refresh(self, path: tuple[bytes, ...]) -> Iterator[Looked]:
         """Resolve what is known of the directory `path` and beneath it again, one directory a step.

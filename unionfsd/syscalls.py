@@ -356,6 +356,8 @@ _statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, c
 _STATX_BTIME: Final = 0x800
 _STATX_SIZE: Final = 256
 _STATX_BTIME_AT: Final = 0x50
+_STATX_DEV_AT: Final = 0x88
+_AT_STATX_DONT_SYNC: Final = 0x4000
 
 
 def birth_time(fd: int) -> int | None:
@@ -367,6 +369,15 @@ def birth_time(fd: int) -> int | None:
         return None
     seconds, nanoseconds = struct.unpack_from("=qI", buf, _STATX_BTIME_AT)
     return int(seconds) * 1_000_000_000 + int(nanoseconds)
+
+
+def device_of(path: bytes) -> tuple[int, int]:
+    """(major, minor) of what `path` is, symlinks followed, as the kernel knows it: its file system is not asked."""
+    buf = ctypes.create_string_buffer(_STATX_SIZE)
+    if _statx(AT_FDCWD, path, _AT_STATX_DONT_SYNC, 0, buf):
+        raise _error(path)
+    major, minor = struct.unpack_from("=II", buf, _STATX_DEV_AT)
+    return int(major), int(minor)
 
 
 def fsync(fd: int) -> None:

@@ -7,6 +7,7 @@ stands for the NUL of an abstract address. Without that variable nothing happens
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 
 def listening() -> bool:
@@ -27,11 +28,34 @@ def watchdog() -> float | None:
     return int(microseconds) / 1e6
 
 
+def keeps_fds() -> bool:
+    """Whether the service manager keeps descriptors for us while we are not there (``FileDescriptorStoreMax=``).
+
+    It says so in ``$FDSTORE`` since systemd 254 (systemd.exec(5)).
+    """
+    most = os.environ.get("FDSTORE", "")
+    return listening() and most.isascii() and most.isdigit() and int(most) > 0
+
+
+def store(name: str, fd: int) -> bool:
+    """Give it a copy of `fd` to keep as `name`; it lets go of one that reports an error, as a mount that is gone."""
+    return _send(["FDSTORE=1", f"FDNAME={name}"], [fd])
+
+
+def forget(name: str) -> bool:
+    """Have it let go of what it keeps as `name`."""
+    return _send(["FDSTOREREMOVE=1", f"FDNAME={name}"])
+
+
 def notify(*assignments: str) -> bool:
     """Send ``assignments`` (``"READY=1"``, ``"STATUS=..."``) as one message; whether somebody took it.
 
     A service manager that has gone away, or never listened, is no reason for a mount to fail: send errors give False.
     """
+    return _send(assignments)
+
+
+def _send(assignments: Sequence[str], fds: Sequence[int] = ()) -> bool:
     if not listening():
         return False
     address = os.environ["NOTIFY_SOCKET"]
@@ -40,7 +64,11 @@ def notify(*assignments: str) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
         try:
             sock.connect("\0" + address[1:] if address[0] == "@" else address)
-            sock.sendall("\n".join(assignments).encode())
+            message = "\n".join(assignments).encode()
+            if fds:
+                socket.send_fds(sock, [message], fds)
+            else:
+                sock.sendall(message)
         except OSError:
             return False
     return True

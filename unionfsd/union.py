@@ -13,21 +13,21 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import resource
 import stat
 from collections import OrderedDict
 from collections.abc import Iterator
 from functools import partial
-from typing import Final, NamedTuple, TypedDict
+from typing import Final, NamedTuple, TypedDict, TypeVar
 
 from . import intent, syscalls
 from .attributes import Attr, Attributes, Owner, SetAttr, StatLike
 from .copyup import CopyUp
 from .errors import LAYER, UserError
-from .fdcache import FdCache
+from .events import Events
+from .fdcache import FdCache, fd_budget
 from .handles import Handles
 from .index import Index, open_index
-from .inodes import ROOT_ID, DirNode, Node, NodeTable, child
+from .inodes import ROOT_ID, DirNode, Node, NodeTable, child, path_of, path_to
 from .layers import LayerStack, open_stack
 from .listing import Dirent, Listing
 from .lookup import Hit, Resolver
@@ -42,11 +42,10 @@ from .workdir import Abilities, Workdir, open_workdir
 
 __all__ = ["ROOT_ID", "Attr", "Caller", "Dirent", "Found", "SetAttr", "StatLike", "Union"]
 
+T = TypeVar("T")
+
 log = logging.getLogger(__name__)
 
-#: Descriptors left for everything that is not a cached one.
-_SPARE_FDS: Final = 256
-_MAX_CACHED_FDS: Final = 65536
 #: Snapshots of directories kept for readers in the middle of them; one that was dropped is made anew.
 _MAX_READERS: Final = 64
 #: Entries that are looked up with their listing whether or not anybody wants them; more, once so many were sought.
@@ -72,10 +71,11 @@ class Union:
     ) -> None:
         self.config = config
         self.counters = Counters()
+        self.events = Events()
         self.stack = stack
         self._work = work
         self._frozen: Gate | None = None
-        self._fds = FdCache(_fd_budget())
+        self._fds = FdCache(fd_budget())
         self._resolver = Resolver(stack, self._fds, **_rules(config))
         self._resolver.index = self._index = index
         root = self._resolver.root()
@@ -87,7 +87,9 @@ class Union:
             if metacopy and not work.abilities.can_redirect:
                 log.warning("metacopy=on: the upper cannot keep what it takes, data is copied up with metadata")
             rekey = self._table.rekey
-            copy_up = CopyUp(self._resolver, work, self._fds, self.counters, metacopy=metacopy, rekey=rekey)
+            copy_up = CopyUp(
+                self._resolver, work, self._fds, self.counters, self.events, metacopy=metacopy, rekey=rekey
+            )
         self._mutations = None
         if work is not None and copy_up is not None:
             places = Places(self._resolver, work, copy_up, self._table)
@@ -96,6 +98,8 @@ class Union:
             self._renames = Renames(self._resolver, self._table, work, copy_up, places, redirects=redirects)
         self._handles = Handles(self._resolver, self._table, self._fds, copy_up, volatile=config.volatile)
         self._attributes = Attributes(self._resolver, self._handles, copy_up, Owner(config.uid, config.gid))
+        if config.events == "on":
+            self.events.listen(always=True)
 
     @classmethod
     def mount(cls, config: MountConfig) -> Union:
@@ -143,6 +147,21 @@ class Union:
             raise fail(errno.EROFS)
         return self._mutations
 
+    def _changed(self, kind: str, parent: DirNode, name: bytes) -> None:
+        if self.events.recording:
+            self.events.record(kind, path_to(parent, name))
+
+    def _altered(self, kind: str, node: Node, *fields: str) -> None:
+        if self.events.recording:
+            self.events.record(kind, path_of(node), fields=fields)
+
+    def _writing(self, node: Node, op: Op[T]) -> Op[T]:
+        """`op`, which writes to `node`, with its event."""
+        done = yield from op
+        if self.events.recording and self.events.is_first_write(node.nodeid):
+            self.events.record("write", path_of(node))
+        return done
+
     # Names.
 
     def lookup(self, parent: int, name: bytes) -> Found:
@@ -187,28 +206,39 @@ class Union:
         self._table.forget(nodeid, count)
 
     def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Found:
-        self._change().mknod(self._table.directory(parent), name, mode, rdev, caller)
+        directory = self._table.directory(parent)
+        self._change().mknod(directory, name, mode, rdev, caller)
+        self._changed("create" if stat.S_ISREG(mode) else "mknod", directory, name)
         return self.lookup(parent, name)
 
     def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Found:
-        self._change().mkdir(self._table.directory(parent), name, mode, caller)
+        directory = self._table.directory(parent)
+        self._change().mkdir(directory, name, mode, caller)
+        self._changed("mkdir", directory, name)
         return self.lookup(parent, name)
 
     def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller) -> Found:
-        self._change().symlink(self._table.directory(parent), name, target, caller)
+        directory = self._table.directory(parent)
+        self._change().symlink(directory, name, target, caller)
+        self._changed("symlink", directory, name)
         return self.lookup(parent, name)
 
     def unlink(self, parent: int, name: bytes) -> Op[None]:
         directory = self._table.directory(parent)
-        return self._change().unlink(directory, name)
+        yield from self._change().unlink(directory, name)
+        self._changed("unlink", directory, name)
 
     def rmdir(self, parent: int, name: bytes) -> None:
-        self._change().rmdir(self._table.directory(parent), name)
+        directory = self._table.directory(parent)
+        self._change().rmdir(directory, name)
+        self._changed("rmdir", directory, name)
 
     def link(self, nodeid: int, newparent: int, newname: bytes) -> Op[Found]:
         """A further name for `nodeid`; its lookup is counted."""
-        node = self._table.get(nodeid)
-        yield from self._change().link(node, self._table.directory(newparent), newname)
+        node, directory = self._table.get(nodeid), self._table.directory(newparent)
+        yield from self._change().link(node, directory, newname)
+        if self.events.recording:
+            self.events.record("link", path_of(node), path_to(directory, newname))
         return self._found(node, self._resolver.stat(node))
 
     def rename(self, parent: int, name: bytes, newparent: int, newname: bytes, flags: int) -> Op[None]:
@@ -216,6 +246,9 @@ class Union:
         source, target = self._table.directory(parent), self._table.directory(newparent)
         self._change()
         yield from self._renames.rename(source, name, target, newname, flags)
+        if self.events.recording:
+            kind = "exchange" if flags & syscalls.RENAME_EXCHANGE else "rename"
+            self.events.record(kind, path_to(source, name), path_to(target, newname))
 
     def create(self, parent: int, name: bytes, mode: int, flags: int, caller: Caller) -> Op[Found]:
         """open(2) with O_CREAT: create the file unless it is there and O_EXCL is not asked for; counts an open."""
@@ -228,6 +261,7 @@ class Union:
             found = self.lookup(parent, name)
             yield from self._handles.open(self._table.get(found.nodeid), flags)
             return found
+        self._changed("create", directory, name)
         found = self.lookup(parent, name)
         self._handles.opened(self._table.get(found.nodeid), fd)
         return found
@@ -255,7 +289,11 @@ class Union:
     def setattr(self, nodeid: int, change: SetAttr, caller: Caller) -> Op[Attr]:
         """Change attributes; the caller's right to do so was checked by the kernel."""
         self._change()
-        return (yield from self._attributes.set(self._table.get(nodeid), change))
+        node = self._table.get(nodeid)
+        attr = yield from self._attributes.set(node, change)
+        if self.events.recording and (fields := change.fields()):
+            self._altered("setattr", node, *fields)
+        return attr
 
     def readlink(self, nodeid: int) -> bytes:
         """Target of a symlink; EINVAL for anything else."""
@@ -272,11 +310,15 @@ class Union:
 
     def setxattr(self, nodeid: int, name: bytes, value: bytes, flags: int) -> Op[None]:
         self._change()
-        yield from self._attributes.setxattr(self._table.get(nodeid), name, value, flags)
+        node = self._table.get(nodeid)
+        yield from self._attributes.setxattr(node, name, value, flags)
+        self._altered("setxattr", node, os.fsdecode(name))
 
     def removexattr(self, nodeid: int, name: bytes) -> Op[None]:
         self._change()
-        yield from self._attributes.removexattr(self._table.get(nodeid), name)
+        node = self._table.get(nodeid)
+        yield from self._attributes.removexattr(node, name)
+        self._altered("removexattr", node, os.fsdecode(name))
 
     def statfs(self, nodeid: int) -> os.statvfs_result:
         """Space of the upper, or of the topmost lower when there is no upper."""
@@ -288,6 +330,8 @@ class Union:
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             self._change()
         yield from self._handles.open(self._table.get(nodeid), flags)
+        if flags & os.O_TRUNC:
+            self._altered("setattr", self._table.get(nodeid), "size")
 
     def release(self, nodeid: int) -> None:
         self._handles.release(self._table.get(nodeid))
@@ -300,7 +344,9 @@ class Union:
 
     def write(self, nodeid: int, data: bytes | bytearray | memoryview, offset: int) -> Op[int]:
         self._change()
-        return self._handles.write(self._table.get(nodeid), data, offset)
+        node = self._table.get(nodeid)
+        op = self._handles.write(node, data, offset)
+        return self._writing(node, op) if self.events.recording else op
 
     def write_late(self, nodeid: int, data: memoryview, offset: int) -> Op[int]:
         """As `write`, of what the kernel has kept since it was written: the mtime, which it knows, is left alone."""
@@ -318,7 +364,8 @@ class Union:
 
     def fallocate(self, nodeid: int, mode: int, offset: int, length: int) -> Op[None]:
         self._change()
-        return self._handles.fallocate(self._table.get(nodeid), mode, offset, length)
+        node = self._table.get(nodeid)
+        return self._writing(node, self._handles.fallocate(node, mode, offset, length))
 
     def lseek(self, nodeid: int, offset: int, whence: int) -> Op[int]:
         return self._handles.lseek(self._table.get(nodeid), offset, whence)
@@ -335,8 +382,9 @@ class Union:
 
     def copy_file_range(self, source: int, offset: int, target: int, target_offset: int, length: int) -> Op[int]:
         self._change()
-        nodes = self._table.get(source), self._table.get(target)
-        return self._handles.copy_file_range(nodes[0], offset, nodes[1], target_offset, length)
+        node = self._table.get(target)
+        op = self._handles.copy_file_range(self._table.get(source), offset, node, target_offset, length)
+        return self._writing(node, op)
 
     # Directories.
 
@@ -417,7 +465,8 @@ class Union:
 
     def holdings(self) -> Holdings:
         """What the mount holds now."""
-        return Holdings(nodes=len(self._table), cached_fds=len(self._fds), fd_limit=self._fds.capacity)
+        known, fds, resolver = len(self._table), self._fds, self._resolver
+        return Holdings(known, len(fds), fds.capacity, *fds.usage(), *resolver.names_kept())
 
     @property
     def abilities(self) -> Abilities | None:
@@ -455,8 +504,3 @@ def _rules(config: MountConfig) -> _Rules:
         "metacopy": config.metacopy == "on",
         "verity": config.verity,
     }
-
-
-def _fd_budget() -> int:
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return min(max(soft - _SPARE_FDS, soft // 2), _MAX_CACHED_FDS)

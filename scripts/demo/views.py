@@ -49,9 +49,14 @@ def is_opaque(place: Path, prefix: str) -> bool:
 
 
 def find(parent: Entry, name: str, prefix: str) -> Entry | None:
-    """The entry `name` of a merged directory: the first place that has it, and those below that merge with it."""
+    """The entry `name` of a merged directory: the first place that has it, and those below that merge with it.
+
+    Of redirects only those within a directory, which is what the demo makes.
+    """
     places: list[tuple[str, Path]] = []
-    for layer, place in ((layer, folder / name) for layer, folder in parent.places):
+    called = name
+    for layer, folder in parent.places:
+        place = folder / called
         if not os.path.lexists(place):
             continue
         if is_whiteout(place) or (places and not is_directory(place)):
@@ -59,6 +64,7 @@ def find(parent: Entry, name: str, prefix: str) -> Entry | None:
         places.append((layer, place))
         if not is_directory(place) or is_opaque(place, prefix):
             break
+        called = xattrs(place).get(prefix + "redirect", os.fsencode(called)).decode()
     return Entry(f"{parent.path}/{name}", places) if places else None
 
 

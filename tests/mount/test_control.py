@@ -157,6 +157,15 @@ def test_the_other_reading_verbs(mount: Daemon, layers: Layers) -> None:
     assert stats["counters"]["copied_bytes"] >= 0
     assert stats["counters"]["requests"] > 0
     assert stats["nodes"] >= 1
+    lookups = stats["operations"]["LOOKUP"]
+    assert lookups["count"] == sum(lookups["histogram"]) >= 1
+    assert 0 < lookups["seconds"] < 60
+    assert len(lookups["histogram"]) == len(stats["bounds"]) + 1
+    assert stats["fd_misses"] >= 1
+    with pytest.raises(OSError):
+        os.rmdir(mount / "etc")
+    failed = ctl("stats", "--json", mount.path).json["operations"]["RMDIR"]
+    assert failed["errors"] == {"ENOTEMPTY": 1}
     total = ctl("du", "--json", "--depth", "1", mount.path).json["total"]
     assert total["apparent"] >= 100_000
     options = ctl("options", "--json", mount.path).json
@@ -172,7 +181,65 @@ def test_the_other_reading_verbs(mount: Daemon, layers: Layers) -> None:
         assert ctl(verb, mount.path).code == 0
 
 
+def test_events_say_what_changed_and_who_did(mount: Daemon, mode: Mode) -> None:
+    assert ctl("events", mount.path).code == 0  # from here on
+    script = """
+    cd "$0" && mkdir d && echo text >d/file && echo more >>d/file && mv d/file d/moved && ln d/moved d/link
+    ln -s x d/symlink && chmod 600 d/moved && rm d/link && setfattr -n user.a -v b d/moved && echo x >>etc/hosts
+    rm d/symlink d/moved && rmdir d
+    """
+    process = subprocess.Popen(["sh", "-ec", script, str(mount.path)])
+    assert process.wait(30) == 0
+    found = [json.loads(line) for line in ctl("events", "--json", mount.path).out.splitlines()]
+    assert [event["number"] for event in found] == list(range(1, len(found) + 1))
+    told = [(event["kind"], event["path"], event["to"]) for event in found]
+    for expected in (
+        ("mkdir", "/d", None),
+        ("create", "/d/file", None),
+        ("rename", "/d/file", "/d/moved"),
+        ("link", "/d/moved", "/d/link"),
+        ("symlink", "/d/symlink", None),
+        ("setattr", "/d/moved", None),
+        ("unlink", "/d/link", None),
+        ("setxattr", "/d/moved", None),
+        ("copy-up", "/etc", None),
+        ("copy-up", "/etc/hosts", None),
+        ("rmdir", "/d", None),
+    ):
+        assert told.count(expected) == 1, (expected, told)
+    assert told.index(("copy-up", "/etc", None)) < told.index(("copy-up", "/etc/hosts", None))
+    if mode.io != "passthrough":
+        assert ("write", "/etc/hosts", None) in told
+    by_shell = [event for event in found if event["kind"] == "create"]
+    assert [(event["pid"], event["uid"]) for event in by_shell] == [(process.pid, 0)]
+    if mode.transport == "channel":
+        # Pages that the kernel writes back, when the file is closed at the latest, are nobody's.
+        by_pages = ("write", "copy-up")
+        assert all(event["pid"] for event in found[1:] if event["kind"] not in by_pages)
+    assert [event["fields"] for event in found if event["kind"] == "setxattr"] == [["user.a"]]
+    lines = ctl("events", "--since", "2", mount / "etc").out.splitlines()
+    assert lines
+    assert all("/etc" in line for line in lines)
+
+
+def test_events_are_followed(mount: Daemon) -> None:
+    command = [sys.executable, "-m", "unionfsd.ctl", "events", "--follow", "--json", str(mount.path)]
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as follower:
+        assert follower.stdout is not None
+        wait_for(lambda: ctl("stats", "--json", mount.path).json["control"]["clients"] == 2, "the follower")
+        (mount / "one").touch()
+        assert json.loads(follower.stdout.readline())["path"] == "/one"
+        os.rename(mount / "one", mount / "two")
+        kinds = []
+        while "rename" not in kinds:
+            kinds.append(json.loads(follower.stdout.readline())["kind"])
+        follower.send_signal(signal.SIGINT)
+        assert follower.wait(30) == 130
+
+
 def test_metrics_are_what_prometheus_reads(mount: Daemon) -> None:
+    (mount / "etc/hosts").read_text()
     lines = ctl("metrics", mount.path).out.splitlines()
     values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
     (requests,) = (name for name in values if name.startswith("unionfsd_requests_total{"))
@@ -180,7 +247,15 @@ def test_metrics_are_what_prometheus_reads(mount: Daemon) -> None:
     assert float(values[requests]) > 0
     kinds = [line.split()[2] for line in lines if line.startswith("# TYPE")]
     assert len(kinds) == len(set(kinds))
-    assert {name.partition("{")[0] for name in values} == set(kinds)
+    parts = ("_bucket", "_sum", "_count")
+    families = {name.partition("{")[0] for name in values}
+    assert {next((name.removesuffix(part) for part in parts if name.endswith(part)), name) for name in families} == set(
+        kinds
+    )
+    lookups = [(name, float(value)) for name, value in values.items() if 'operation="LOOKUP"' in name]
+    buckets = [value for name, value in lookups if "_bucket{" in name]
+    assert buckets == sorted(buckets)
+    assert buckets[-1] == next(value for name, value in lookups if "_count{" in name) > 0
 
 
 def test_metrics_are_served(mount: Daemon) -> None:

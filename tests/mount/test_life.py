@@ -126,7 +126,7 @@ def test_a_hundred_thousand_files_walked_and_forgotten(layers: Layers, daemon: D
         for number in range(1000):
             os.close(os.open(layers.lower / f"{directory}/{number}", os.O_CREAT | os.O_WRONLY))
     mount = daemon()
-    time.sleep(2)  # it answers before all of it is there
+    mount.settle()
     start = mount.fds()
     resident = []
     for _ in range(2):

@@ -10,6 +10,7 @@ Rules this file obeys:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -82,11 +83,13 @@ mount --bind {site} site
 class Store:
     """An image store in `root` whose overlay driver mounts by unionfsd, for as long as `with` lasts.
 
-    It is root's or, `rootless`, an ordinary user's. `options` are mount options for every mount.
+    It is root's or, `rootless`, an ordinary user's. `options` are mount options for every mount. With `program`, that
+    is the mount program in place of unionfsd.
     """
 
-    def __init__(self, root: Path, *options: str, rootless: bool = False) -> None:
+    def __init__(self, root: Path, *options: str, rootless: bool = False, program: Path | None = None) -> None:
         self.root = root
+        self._program = program
         self.log = root / "log"
         self.share = root / "share"
         self._options = ",".join([f"log={self.log}", *options])
@@ -111,7 +114,11 @@ class Store:
 
     def _configure(self) -> None:
         program = self.root / "mount-program"
-        paths = {"root": self.root, "program": program, "options": self._options}
+        paths = {
+            "root": self.root,
+            "program": self._program or program,
+            "options": "" if self._program else self._options,
+        }
         (self.root / "containers.conf").write_text(_CONTAINERS_CONF.format(**paths))
         (self.root / "storage.conf").write_text(_STORAGE_CONF.format(**paths))
         python, environment = sys.executable, {"PYTHONPATH": str(PROJECT)}
@@ -198,6 +205,18 @@ class Store:
             if b"unionfsd" in words and any(here in word for word in words):
                 found.append(int(process.name))
         return found
+
+    def leftovers(self) -> str:
+        """What is left of unions, and which processes have their mounts: for who wonders why."""
+        lines = [f"mounted: {path}" for path in self.mounts()]
+        for pid in self.daemons():
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            lines.append(f"{pid}: {words}")
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if f" {self.root}/store/overlay/" in (process / "mountinfo").read_text():
+                    lines.append(f"{process.name} has mounts: {(process / 'cmdline').read_bytes()!r}")
+        return "\n".join(lines)
 
     def mounts(self) -> list[str]:
         """The unions that are mounted in the store."""

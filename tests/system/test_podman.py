@@ -220,7 +220,10 @@ def test_fifty_containers_at_once(store: Store) -> None:
 
 def test_nothing_is_left_when_nothing_runs(store: Store) -> None:
     store.podman("run", "--rm", "image", "true")
-    wait_for(lambda: not store.mounts() and not store.daemons(), "mounts or daemons are left")
+    try:
+        wait_for(lambda: not store.mounts() and not store.daemons(), "mounts or daemons are left")
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{store.leftovers()}") from None
 
 
 def layer(files: dict[str, bytes]) -> bytes:

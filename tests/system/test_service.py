@@ -38,10 +38,14 @@ class Service:
         self._socket.settimeout(20)
         self._process: subprocess.Popen[str] | None = None
 
-    def start(self, *prefix: str, watchdog: int | None = None) -> None:
-        """Run it, by a command of `prefix`; `watchdog` is the manager's patience in microseconds."""
+    def start(self, *prefix: str, watchdog: int | None = None, fdstore: int = 0) -> None:
+        """Run it, by a command of `prefix`; `watchdog` is the manager's patience in microseconds.
+
+        `fdstore`: how many descriptors the manager keeps. There is no journal but one of a test's own.
+        """
         environment = os.environ | {"PYTHONPATH": str(PROJECT), "NOTIFY_SOCKET": str(self.layers.root / "notify")}
         environment |= {} if watchdog is None else {"WATCHDOG_USEC": str(watchdog)}
+        environment |= {"FDSTORE": str(fdstore)} if fdstore else {}
         with self.log.open("w") as log:
             # The manager tells by device and inode number which stream leads to its journal.
             environment["JOURNAL_STREAM"] = f"{os.fstat(log.fileno()).st_dev}:{os.fstat(log.fileno()).st_ino}"
@@ -60,6 +64,11 @@ class Service:
         while name not in (message := self.hear()):
             pass
         return message
+
+    def hear_with_fds(self) -> tuple[bytes, list[int]]:
+        """The next message as it is, with the descriptors that came along."""
+        message, fds, _, _ = socket.recv_fds(self._socket, 4096, 4)
+        return message, fds
 
     def messages(self) -> int:
         """How many messages come until there is none for a second."""
@@ -168,13 +177,55 @@ def test_stopping_unmounts(service: Service) -> None:
     assert service.layers.mnt not in mounts()
 
 
+def test_the_manager_keeps_the_descriptor_where_it_says_so(service: Service) -> None:
+    service.start(fdstore=1)
+    service.hear_of("READY")
+    message, fds = service.hear_with_fds()
+    assert message == b"FDSTORE=1\nFDNAME=fuse"
+    assert [os.readlink(f"/proc/self/fd/{fd}") for fd in fds] == ["/dev/fuse"]
+    assert (service.layers.mnt / "file").read_text() == "lower\n"
+    os.kill(service.pid, signal.SIGTERM)
+    while (message := service.hear_with_fds()[0]) != b"FDSTOREREMOVE=1\nFDNAME=fuse":
+        assert message
+    assert service.end() == errors.OK
+    os.close(fds[0])
+
+
+#: Runs a command where /run is empty but for the journal's socket, which is $1 if there is one.
+_OWN_RUN = """
+mount -t tmpfs run /run && mkdir -p /run/systemd/journal
+[ -z "$1" ] || { touch /run/systemd/journal/socket && mount --bind "$1" /run/systemd/journal/socket; }
+shift; exec "$@"
+"""
+
+
+def own_run(journal: str = "") -> tuple[str, ...]:
+    return ("unshare", "--mount", "--propagation=private", "sh", "-ec", _OWN_RUN, "sh", journal)
+
+
+def test_entries_of_the_journal_have_fields(service: Service, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
+        journal.bind(str(tmp_path / "journal"))
+        journal.settimeout(20)
+        service.start(*own_run(str(tmp_path / "journal")))
+        service.hear_of("READY")
+        entry = journal.recv(65536).decode().splitlines()
+        while not entry[0].startswith("MESSAGE=mounted on"):
+            entry = journal.recv(65536).decode().splitlines()
+        assert entry[0] == f"MESSAGE=mounted on {service.layers.mnt}"
+        assert {"PRIORITY=6", f"UNIONFSD_MOUNTPOINT={service.layers.mnt}", f"SYSLOG_PID={service.pid}"} <= set(entry)
+        assert service.log.read_text() == ""
+        os.kill(service.pid, signal.SIGTERM)
+        assert service.end() == errors.OK
+
+
 def test_lines_for_the_journal_carry_their_priority(service: Service) -> None:
-    service.config.write_text(service.config.read_text() + "verity = 'on'\n")
-    service.start()
+    service.config.write_text(service.config.read_text() + "nfs_export = 'on'\n")
+    service.start(*own_run())
     service.hear_of("READY")
     lines = service.log.read_text().splitlines()
     assert f"<6>mounted on {service.layers.mnt}" in lines
-    assert any(line.startswith("<4>verity=on is not supported yet") for line in lines)
+    assert any(line.startswith("<4>nfs_export=on is not supported yet") for line in lines)
 
 
 # The unit.
@@ -218,6 +269,17 @@ def installed(tmp_path: Path) -> Path:
         shutil.copy("/bin/true", tmp_path / name)
     shutil.copy(EXAMPLES / "srv-web.mount", tmp_path)
     return tmp_path
+
+
+def test_systemd_understands_the_line_of_fstab(tmp_path: Path) -> None:
+    generator = Path("/usr/lib/systemd/system-generators/systemd-fstab-generator")
+    environment = os.environ | {"SYSTEMD_FSTAB": str(EXAMPLES / "fstab")}
+    subprocess.run([generator, tmp_path, tmp_path, tmp_path], env=environment, check=True, timeout=30)
+    unit = (tmp_path / "srv-web.mount").read_text()
+    assert "Type=fuse.unionfsd\n" in unit
+    assert "RequiresMountsFor=/layers\n" in unit
+    assert run("systemd-analyze", "verify", "--man=no", tmp_path / "srv-web.mount") == ""
+    assert not (tmp_path / "local-fs.target.requires" / "srv-web.mount").exists()  # nofail
 
 
 @pytest.mark.parametrize("name", [UNIT.name, "srv-web.mount"])

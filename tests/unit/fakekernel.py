@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import trio
 
+from unionfsd.events import Events
 from unionfsd.fuse import wire
 from unionfsd.fuse.abi import InitFlag, Opcode
 from unionfsd.fuse.channel import Channel
@@ -92,6 +93,7 @@ class FakeUnion:
 
     def __init__(self) -> None:
         self.counters = Counters()
+        self.events = Events()
         self.calls: list[tuple[Any, ...]] = []
         self.entries = [Dirent(b".", 1, 4, 1), Dirent(b"..", 1, 4, 2)]
 
@@ -192,7 +194,7 @@ class FakeUnion:
         return [b"user.a", b"user.b"]
 
     def holdings(self) -> Holdings:
-        return Holdings(nodes=1, cached_fds=0, fd_limit=64)
+        return Holdings(1, 0, 64, fd_hits=0, fd_misses=0, fd_evictions=0, lists=0, names=0, lists_read=0)
 
     def birth_time(self, nodeid: int) -> int | None:
         return 70

@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -456,6 +457,37 @@ def test_the_beginning_ends_when_somebody_else_waits(union: FakeUnion) -> None:
             far.send(request)
         Channel(union, near.fileno(), CONFIG, lambda: None).begin(lambda: True)  # type: ignore[arg-type]
         assert near.recv(4096) == request, "left for the event loop"
+
+
+def test_a_quiet_mount_waits_for_somebody_who_needs_the_loop(union: FakeUnion) -> None:
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    looks: list[float] = []
+
+    def wanted() -> bool:
+        looks.append(monotonic())
+        return len(looks) == 5
+
+    with near, far:
+        channel = Channel(union, near.fileno(), CONFIG, lambda: None)  # type: ignore[arg-type]
+        channel.begin(wanted, 30.0)
+        assert not channel.gone
+        channel.close()
+    assert 0.02 < looks[-1] - looks[0] < 10
+
+
+def test_a_mount_that_is_gone_needs_no_loop(union: FakeUnion) -> None:
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with near:
+        far.send(wire.IN_HEADER.pack(wire.BODY, Opcode.STATFS, 2, 1, 0, 0, 0, 0))
+        far.shutdown(socket.SHUT_WR)
+        channel = Channel(union, near.fileno(), CONFIG, lambda: None)  # type: ignore[arg-type]
+        channel.begin(lambda: False, 30.0)
+        assert wire.OUT_HEADER.unpack_from(far.recv(4096))[2] == 2
+        assert channel.gone
+        channel.close()
+        far.close()
+    (statfs,) = union.counters.operations.snapshot()
+    assert (statfs.kind, sum(statfs.times)) == (Opcode.STATFS, 1)
 
 
 # --- hostile bytes ---------------------------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import pty
 import shutil
 import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -116,6 +118,19 @@ def test_durations(seconds: float, text: str) -> None:
     assert show.duration(seconds) == text
 
 
+@pytest.mark.parametrize(("seconds", "text"), [(2.5, "2.5 s"), (0.0123, "12.3 ms"), (4.096e-6, "4.1 us")])
+def test_moments(seconds: float, text: str) -> None:
+    assert show.moment(seconds) == text
+
+
+def test_quantiles_are_bounds_of_columns() -> None:
+    bounds = (1.0, 2.0, 4.0)
+    assert show.quantile(bounds, (0, 0, 0, 0), 0.5) == 0
+    assert show.quantile(bounds, (5, 4, 1, 0), 0.5) == 1.0
+    assert show.quantile(bounds, (5, 4, 1, 0), 0.9) == 2.0
+    assert show.quantile(bounds, (0, 0, 1, 1), 0.99) == float("inf")
+
+
 def test_labels_are_escaped() -> None:
     status = {"mountpoint": 'a"b\\c\nd\udcff', "transport": "channel"}
     stats = {
@@ -168,3 +183,20 @@ def test_a_mount_of_somebody_else_that_has_the_number_of_a_dead_one_is_left_out(
     monkeypatch.setattr(places, "everywhere", lambda owner: [bytes(tmp_path)])
     (seen,) = find.everything()
     assert (seen.state, seen.lines) == ("dead", ())
+
+
+def test_a_bar_is_for_terminals_only() -> None:
+    script = "from unionfsd.ctl.show import Progress; p = Progress('diff'); p.update(1234); p.clear(); print('end')"
+    command = [sys.executable, "-c", script]
+    piped = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (piped.stdout, piped.stderr) == ("end\n", "")
+    ours, theirs = pty.openpty()
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=theirs, text=True, check=True, env=os.environ | {"TERM": "xterm"}
+        )
+        assert done.stdout == "end\n"
+        assert b"1,234 objects" in os.read(ours, 4096)
+    finally:
+        os.close(ours)
+        os.close(theirs)

@@ -14,7 +14,8 @@ from unionfsd.control import protocol, schema
 from unionfsd.control.__main__ import renewed
 from unionfsd.control.methods import Methods
 from unionfsd.control.protocol import Broken, Json, Request, RpcError
-from unionfsd.control.schema import METHODS, Method, Param
+from unionfsd.control.schema import METHODS, Method
+from unionfsd.control.shapes import Param
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "control.md"
 

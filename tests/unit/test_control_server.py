@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from unionfsd import steps, syscalls
-from unionfsd.control import protocol, schema, server
+from unionfsd.control import protocol, schema, server, shapes
 from unionfsd.control.listener import Control
 from unionfsd.control.methods import Methods
 from unionfsd.control.mounted import Mounted
@@ -134,7 +134,7 @@ async def serving(
     mounted = Mounted(
         union=union,
         mount_id=mount_id,
-        number=None,
+        number=(1 << 20) - 1,  # of nothing
         transport="channel",
         io="cached",
         socket=bytes(layers / "socket"),
@@ -143,6 +143,7 @@ async def serving(
         drive=drive,
         quiesce=quiesce,
         unmount=unmount or _unmount,
+        requests={1: "LOOKUP"},
     )
     served = Served(mounted, layers / "socket", told)
     with Control(union.config) as control:
@@ -161,7 +162,7 @@ async def _unmount(lazy: bool) -> str:
     return "detached" if lazy else "busy"
 
 
-def fits(value: Json, like: schema.Schema) -> bool:
+def fits(value: Json, like: shapes.Schema) -> bool:
     """Whether a value is as a JSON Schema says, of the kinds that the table has."""
     if "anyOf" in like:
         return any(fits(value, option) for option in like["anyOf"])
@@ -186,7 +187,7 @@ def fits(value: Json, like: schema.Schema) -> bool:
             return isinstance(value, dict) and fields_fit(value, like)
 
 
-def fields_fit(value: dict[str, Json], like: schema.Schema) -> bool:
+def fields_fit(value: dict[str, Json], like: shapes.Schema) -> bool:
     known = like.get("properties", {})
     others = like.get("additionalProperties", True)
     if not value.keys() >= set(like.get("required", ())):
@@ -241,6 +242,88 @@ async def test_diff_is_cut_at_its_limit_and_streamed_without_one(layers: Path) -
             items += message["params"]["items"]
             message = await peer.line()
         assert (len(items), message["result"]["items"], message["result"]["truncated"]) == (601, [], False)
+
+
+async def test_events_are_told_and_followed(layers: Path) -> None:
+    async with serving(layers) as served:
+        union, peer, follower = served.mounted.union, await served.connect(), await served.connect()
+        before = (await peer.call("events"))["result"]
+        assert ([event["kind"] for event in before["events"]], before["lost"]) == (["start"], 0)
+        await follower.stream.send_all(protocol.encode(protocol.call("events", {"follow": True, "path": "/d"}, 5)))
+        while (await peer.call("stats"))["result"]["control"]["calls"] < 3:  # noqa: ASYNC110
+            await trio.sleep(0.001)
+        directory = union.lookup(union.root, b"d").nodeid
+        union.mkdir(union.root, b"other", 0o755, CALLER)
+        union.mkdir(directory, b"\xff", 0o755, CALLER)
+        steps.run(union.rename(directory, b"\xff", union.root, b"moved", 0))
+        union.rmdir(union.root, b"moved")
+        told = await follower.line()
+        assert (told["method"], told["params"]["id"], told["params"]["lost"]) == ("events", 5, 0)
+        found = [(event["kind"], event["path"], event["to"]) for event in told["params"]["events"]]
+        assert found == [("copy-up", "/d", None), ("mkdir", "/d/\udcff", None), ("rename", "/d/\udcff", "/moved")]
+        after = (await peer.call("events", since=before["next"], limit=2))["result"]
+        assert [event["kind"] for event in after["events"]] == ["mkdir", "copy-up"]
+        rest = (await peer.call("events", since=after["next"]))["result"]
+        assert [event["kind"] for event in rest["events"]] == ["mkdir", "rename", "rmdir"]
+        numbers = [event["number"] for event in before["events"] + after["events"] + rest["events"]]
+        assert numbers == list(range(1, 7))
+        assert all(
+            fits(event, schema.BY_NAME["events"].result["properties"]["events"]["items"])
+            for event in (*after["events"], *rest["events"], *told["params"]["events"])
+        )
+
+
+async def test_a_follower_that_does_not_read_is_told_what_it_missed(layers: Path) -> None:
+    async with serving(layers) as served:
+        events, follower = served.mounted.union.events, await served.connect()
+        await follower.stream.send_all(protocol.encode(protocol.call("events", {"follow": True}, 5)))
+        while not events.recording:  # noqa: ASYNC110
+            await trio.sleep(0.001)
+        for _ in range(60):
+            for number in range(200):
+                events.record("create", b"/" + b"%0200d" % number)
+            await trio.sleep(0.001)
+        seen, lost = 0, 0
+        while seen + lost < 12000:
+            message = (await follower.line())["params"]
+            seen, lost = seen + len(message["events"]), lost + message["lost"]
+        assert seen + lost == message["next"] - 2
+        assert lost > 0
+
+
+async def test_a_copy_up_under_way_says_how_far_it_is(layers: Path) -> None:
+    (layers / "lower/large").write_bytes(b"x" * 300_000)
+    async with serving(layers) as served:
+        union, peer = served.mounted.union, await served.connect()
+        assert (await peer.call("work"))["result"] == {"work": []}
+        op = union.write(union.lookup(union.root, b"large").nodeid, b"y", 0)
+        step = op.send(None)
+        assert isinstance(step, steps.Blocking)
+        (work,) = (await peer.call("work"))["result"]["work"]
+        assert (work["kind"], work["path"], work["done"], work["total"]) == ("copy-up", "/large", 0, 300_000)
+        copied = step.fn()
+        (work,) = (await peer.call("work"))["result"]["work"]
+        assert work["done"] == 300_000
+        with pytest.raises(StopIteration):
+            op.send(copied)
+        assert (await peer.call("work"))["result"] == {"work": []}
+
+
+async def test_hot_paths_are_those_that_were_asked_about(layers: Path) -> None:
+    async with serving(layers) as served:
+        union, peer = served.mounted.union, await served.connect()
+        node = union.lookup(union.root, b"a").nodeid
+        union.counters.sample(node)
+        assert (await peer.call("hot"))["result"] == {"samples": 0, "paths": []}
+        for nodeid in (node, node, union.root, 1234):
+            union.counters.sample(nodeid)
+        hot = (await peer.call("hot", limit=2))["result"]
+        assert (hot["samples"], hot["paths"][0]) == (4, {"path": "/a", "samples": 2})
+        assert len(hot["paths"]) == 2
+        for _ in range(30_000):
+            union.counters.sample(node)
+        assert union.counters.samples is None  # nobody looks
+        assert (await peer.call("hot"))["result"]["samples"] == 0
 
 
 async def test_calls_batches_and_notifications(layers: Path) -> None:

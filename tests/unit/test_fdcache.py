@@ -55,7 +55,7 @@ def test_what_was_used_stays_a_round_longer() -> None:
     holders = full(cache)
     cache.admit(Holder(), new_fd())  # a round of the hand: from here on nobody is hot
     used = next(holder for holder in holders if holder.fd is not None)
-    used.hot = True
+    used.hot += 1
     for _ in range(CAPACITY // 2):
         cache.admit(Holder(), new_fd())
     assert used.fd is not None
@@ -165,7 +165,7 @@ def act(cache: FdCache, holder: Holder, action: str) -> None:
         assert is_open(cache.admit(holder, new_fd()))
         assert holder.fd is not None
     elif action == "use":
-        holder.hot = holder.fd is not None
+        holder.hot = int(holder.fd is not None)
     elif action == "drop":
         holder.pinned = False
         holder.drop()

@@ -12,7 +12,9 @@ from typing import Any
 import pyfuse3
 import pytest
 
+from unionfsd.events import Events
 from unionfsd.fuse import libfuse
+from unionfsd.fuse.abi import Opcode
 from unionfsd.metrics import Counters
 from unionfsd.steps import Blocking, Op
 from unionfsd.union import Attr, Found, SetAttr
@@ -35,6 +37,7 @@ class FakeUnion:
 
     def __init__(self, **answers: Any) -> None:
         self.counters = Counters()
+        self.events = Events()
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self._answers = answers
 
@@ -69,7 +72,10 @@ async def test_an_oserror_is_told_as_its_errno() -> None:
     with pytest.raises(pyfuse3.FUSEError) as told:
         await operations(union).getattr(5, CONTEXT)
     assert told.value.errno == errno.ESTALE
-    assert (union.counters.requests, union.counters.errors, union.counters.faults) == (1, 1, 0)
+    done = union.counters.statistics()
+    assert (done.requests, done.errors, done.faults) == (1, 1, 0)
+    (operation,) = union.counters.operations.snapshot()
+    assert (operation.kind, sum(operation.times), operation.errors) == (Opcode.GETATTR, 1, {errno.ESTALE: 1})
 
 
 @pytest.mark.parametrize("call", ["getattr", "setxattr"])

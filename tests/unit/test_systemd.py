@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from unionfsd.systemd import listening, notify, watchdog
+from unionfsd.systemd import forget, keeps_fds, listening, notify, store, watchdog
 
 
 def listener(address: str) -> socket.socket:
@@ -69,3 +69,30 @@ def test_the_watchdog_s_patience(
     if pid is not None:
         monkeypatch.setenv("WATCHDOG_PID", pid)
     assert watchdog() == expected
+
+
+@pytest.mark.parametrize(("most", "expected"), [("1", True), ("0", False), ("", False), ("many", False), (None, False)])
+def test_whether_descriptors_are_kept(most: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", "/run/notify")
+    monkeypatch.delenv("FDSTORE", raising=False)
+    if most is not None:
+        monkeypatch.setenv("FDSTORE", most)
+    assert keeps_fds() is expected
+    monkeypatch.delenv("NOTIFY_SOCKET")
+    assert not keeps_fds()
+
+
+def test_a_descriptor_goes_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    reader, writer = os.pipe()
+    with listener(str(tmp_path / "notify")) as sock:
+        assert store("fuse", writer)
+        message, (copy,), _, _ = socket.recv_fds(sock, 1000, 4)
+        assert message == b"FDSTORE=1\nFDNAME=fuse"
+        os.close(writer)
+        os.write(copy, b"the same")
+        assert os.read(reader, 100) == b"the same"
+        os.close(copy)
+        assert forget("fuse")
+        assert sock.recv(1000) == b"FDSTOREREMOVE=1\nFDNAME=fuse"
+    os.close(reader)

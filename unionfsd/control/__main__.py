@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from unionfsd.control.protocol import ERRORS
-from unionfsd.control.schema import METHODS, TYPES, Method, Schema
+from unionfsd.control.schema import METHODS, TYPES, Method
+from unionfsd.control.shapes import Schema
 
 MARK: Final = "<!-- What follows is written by `python -m unionfsd.control docs/control.md`. -->"
 

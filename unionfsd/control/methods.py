@@ -16,6 +16,7 @@ import os
 import resource
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 from functools import partial
 from time import monotonic
@@ -23,10 +24,11 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import trio
 
-from unionfsd import __version__, changes, explain, mountinfo, syscalls, usage
-from unionfsd.control import schema, to_json
+from unionfsd import __version__, changes, explain, holders, mountinfo, syscalls, usage
+from unionfsd.control import following, schema, to_json
 from unionfsd.control.mounted import Mounted
 from unionfsd.control.protocol import BUSY, FAILED, UNSUPPORTED, Json, RpcError
+from unionfsd.metrics import Samples
 
 if TYPE_CHECKING:
     from unionfsd.layers import Layer
@@ -52,6 +54,9 @@ class Call(Protocol):
 
     async def notify(self, method: str, params: dict[str, Json]) -> None:
         """Send a notification that belongs to it."""
+
+    async def rest(self) -> None:
+        """Let everybody else have a turn; between two notifications of many."""
 
 
 class Methods:
@@ -135,6 +140,8 @@ class Methods:
         return {
             "uptime": round(monotonic() - self._mounted.since, 3),
             "counters": counters,
+            "operations": to_json.operations(self._union.counters.operations, self._mounted.requests),
+            "bounds": list(to_json.BOUNDS),
             **holdings,
             "fds": fds,
             "threads": threading.active_count(),
@@ -142,6 +149,47 @@ class Methods:
             "memory": {"resident": _resident(), "peak": used.ru_maxrss * 1024},
             "control": self._census(),
         }
+
+    async def events(self, call: Call, *, path: bytes, since: int | None, follow: bool, limit: int) -> Json:
+        events = self._union.events
+        if follow:
+            await following.follow(events, call, since, path)
+        return following.kept(events, since, limit, path)
+
+    async def open(self, call: Call, *, path: bytes) -> Json:
+        line, number = self._line(), self._mounted.number
+        unseen = holders.Unseen()
+        if number is None:
+            raise RpcError(UNSUPPORTED, "the device number of this mount is not known")
+        look = partial(self._holders, (0, number), unseen, b"" if line is None else line.path, path)
+        held = await self._in_thread(look)
+        told = self._mounted.transport == "pyfuse3" or self._mounted.io == "passthrough"
+        opened = self._union.memory.opened() if told else []
+        return {
+            "holders": held,
+            "unseen": unseen.count,
+            "handles": [to_json.opened(file) for file in opened] if told else None,
+        }
+
+    def _holders(self, device: tuple[int, int], unseen: holders.Unseen, mountpoint: bytes, path: bytes) -> list[Json]:
+        found = holders.holders(device, unseen, trio.from_thread.check_cancelled)
+        return [to_json.held(row, mountpoint) for row in found if _concerns(row, mountpoint, path)]
+
+    async def work(self, call: Call) -> Json:
+        now = monotonic()
+        return {"work": [to_json.work(work, now) for work in self._union.counters.work.values()]}
+
+    async def hot(self, call: Call, *, limit: int) -> Json:
+        counters, memory = self._union.counters, self._union.memory
+        taken = {} if counters.samples is None else counters.samples.by_node
+        counters.samples = Samples()
+        paths: dict[bytes | None, int] = {}
+        for nodeid, count in taken.items():
+            path = memory.path(nodeid)
+            paths[path] = paths.get(path, 0) + count
+        most = sorted(paths.items(), key=lambda item: -item[1])[:limit]
+        rows = [{"path": None if path is None else to_json.text(path), "samples": count} for path, count in most]
+        return {"samples": sum(taken.values()), "paths": rows}
 
     async def options(self, call: Call) -> Json:
         return {
@@ -165,14 +213,19 @@ class Methods:
                 items.add(to_json.change(change), change.kind)
             return items.end()
 
-        return await self._with_reader(walk)
+        with self._working("diff", path, ticker.done):
+            return await self._with_reader(walk)
 
     async def du(self, call: Call, *, path: bytes, depth: int, limit: int, progress: bool) -> Json:
         ticker = _Ticker(call, progress=progress)
         names = explain.split(path)
-        rows = await self._with_reader(lambda reader: usage.usage(reader, names, depth, ticker.tick))
+        with self._working("du", path, ticker.done):
+            rows = await self._with_reader(lambda reader: usage.usage(reader, names, depth, ticker.tick))
         found = [row._asdict() | {"path": to_json.text(row.path)} for row in rows[: limit + 1]]
         return {"total": found[0] if found else None, "items": found[1:], "truncated": len(rows) > limit + 1}
+
+    def _working(self, kind: str, path: bytes, done: Callable[[], int]) -> AbstractContextManager[None]:
+        return self._union.counters.working(kind, path, None, done)
 
     async def _with_reader(self, look: Callable[[Resolver], T]) -> T:
         """What `look` finds, in a thread; the error of a system call becomes the caller's."""
@@ -192,9 +245,20 @@ class Methods:
 
     # Acting.
 
-    async def sync(self, call: Call) -> Json:
+    async def sync(self, call: Call, *, progress: bool) -> Json:
         start = monotonic()
-        await self._mounted.drive(self._union.syncfs())
+        failed: OSError | None = None
+        async with trio.open_nursery() as nursery:
+            if progress:
+                nursery.start_soon(_tell_time, call)
+            try:
+                with self._working("sync", b"/", lambda: 0):
+                    await self._mounted.drive(self._union.syncfs())
+            except OSError as error:  # kept, because the nursery would wrap it
+                failed = error
+            nursery.cancel_scope.cancel()
+        if failed is not None:
+            raise failed
         return {"seconds": round(monotonic() - start, 6), "volatile": self._config.volatile}
 
     async def freeze(self, call: Call, *, timeout: float) -> Json:  # noqa: ASYNC109  # not of this call
@@ -299,6 +363,19 @@ class Methods:
         return schema.openrpc()
 
 
+async def _tell_time(call: Call) -> None:
+    """Report that something goes on of which nobody knows how far it is."""
+    with suppress(trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):  # it acts all the same
+        while True:
+            await trio.sleep(_REPORT)
+            await call.notify("progress", {"done": 0})
+
+
+def _concerns(held: holders.Held, mountpoint: bytes, path: bytes) -> bool:
+    top = mountpoint.rstrip(b"/") + b"/" + path.strip(b"/")
+    return path.strip(b"/") == b"" or held.path == top or held.path.startswith(top + b"/")
+
+
 class _Ticker:
     """Stops a walk that nobody waits for any more, and reports how far it is. `tick` is called in its thread."""
 
@@ -307,6 +384,9 @@ class _Ticker:
         self._progress = progress
         self._done = 0
         self._due = monotonic() + _REPORT
+
+    def done(self) -> int:
+        return self._done
 
     def tick(self) -> None:
         self._done += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -26,7 +26,7 @@ class Mounted:
 
     `mount_id` is None when somebody else made the mount. `drive` runs an operation of the union to its end, `quiesce`
     waits for the end of those under way. `unmount` says "gone", "detached" or "busy"; a mount in use is detached only
-    when its argument, `lazy`, is true.
+    when its argument, `lazy`, is true. `requests` has the names of the kinds of requests.
     """
 
     union: Union
@@ -40,3 +40,4 @@ class Mounted:
     drive: Callable[[Op[None]], Awaitable[None]]
     quiesce: Callable[[], Awaitable[None]]
     unmount: Callable[[bool], Awaitable[str]]
+    requests: Mapping[int, str]

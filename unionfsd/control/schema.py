@@ -6,130 +6,49 @@ A row says what a method takes and what it gives, as JSON Schema. The code behin
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
 from unionfsd import __version__
 from unionfsd.control.protocol import ERRORS, INVALID_PARAMS, Json, RpcError
-
-Schema = dict[str, Any]
-
-STRING: Final[Schema] = {"type": "string"}
-INTEGER: Final[Schema] = {"type": "integer"}
-NUMBER: Final[Schema] = {"type": "number"}
-BOOLEAN: Final[Schema] = {"type": "boolean"}
-ANY: Final[Schema] = {}
-
-
-def optional(schema: Schema) -> Schema:
-    """The same, or null."""
-    return {"anyOf": [schema, {"type": "null"}]}
-
-
-def array(items: Schema) -> Schema:
-    return {"type": "array", "items": items}
-
-
-def words(*values: str) -> Schema:
-    return {"type": "string", "enum": list(values)}
-
-
-def record(title: str = "", **fields: Schema) -> Schema:
-    """An object with exactly these fields; with a `title` where it stands in several places."""
-    name = {"title": title} if title else {}
-    return name | {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
-
-
-def mapping(values: Schema) -> Schema:
-    """An object with any fields, of one kind."""
-    return {"type": "object", "additionalProperties": values}
-
-
-# Parameters.
-
-
-@dataclass(frozen=True, slots=True)
-class Param:
-    """A parameter, by name. `read` makes a Python value of a JSON one, ValueError with the reason when it cannot."""
-
-    name: str
-    help: str
-    schema: Schema
-    read: Callable[[Json], Any]
-    default: Json = None
-    required: bool = False
-
-
-def _path(value: Json) -> bytes:
-    if not isinstance(value, str):
-        raise ValueError("not a string")
-    if "\0" in value:
-        raise ValueError("a NUL in it")
-    try:
-        return value.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        raise ValueError("not the name of a file") from None
-
-
-def _flag(value: Json) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("neither true nor false")
-    return value
-
-
-def _between(low: int, high: int) -> Callable[[Json], int]:
-    def read(value: Json) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ValueError(f"no integer from {low} to {high}")
-        return value
-
-    return read
-
-
-def _seconds(most: float) -> Callable[[Json], float]:
-    def read(value: Json) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
-            raise ValueError("no positive number")
-        if value > most:
-            raise ValueError(f"more than {most:.0f}")
-        return float(value)
-
-    return read
-
-
-def _word(*values: str) -> Callable[[Json], str | None]:
-    def read(value: Json) -> str | None:
-        if value is not None and value not in values:
-            raise ValueError(f"not one of {', '.join(values)}")
-        word: str | None = value
-        return word
-
-    return read
-
-
-def _int(name: str, help: str, low: int, high: int, default: int) -> Param:
-    return Param(name, help, {"type": "integer", "minimum": low, "maximum": high}, _between(low, high), default)
-
+from unionfsd.control.shapes import (
+    ANY,
+    BOOLEAN,
+    INTEGER,
+    NUMBER,
+    STRING,
+    Param,
+    Schema,
+    array,
+    integer,
+    mapping,
+    optional,
+    read_flag,
+    read_number_or_none,
+    read_path,
+    read_seconds,
+    read_word,
+    record,
+    words,
+)
 
 MAX_ITEMS: Final = 100_000
 MAX_FREEZE: Final = 3600.0
 LEVELS: Final = ("debug", "info", "warning", "error")
 
-_PATH: Final = Param("path", "A path from the root of the mount.", STRING, _path, required=True)
-_BELOW: Final = Param("path", "Only what is beneath this directory of the mount.", STRING, _path, "/")
+_PATH: Final = Param("path", "A path from the root of the mount.", STRING, read_path, required=True)
+_BELOW: Final = Param("path", "Only what is beneath this directory of the mount.", STRING, read_path, "/")
 _PROGRESS: Final = Param(
-    "progress", "Send notifications `progress` while it takes long: `{id, done}`.", BOOLEAN, _flag, False
+    "progress", "Send notifications `progress` while it takes long: `{id, done}`.", BOOLEAN, read_flag, False
 )
 _STREAM: Final = Param(
     "stream",
     "Send the items in notifications `items`, `{id, items}`, as they are found, without limit; the result has none.",
     BOOLEAN,
-    _flag,
+    read_flag,
     False,
 )
-_LIMIT: Final = _int("limit", "At most so many items; `truncated` says that there were more.", 0, MAX_ITEMS, 10_000)
+_LIMIT: Final = integer("limit", "At most so many items; `truncated` says that there were more.", 0, MAX_ITEMS, 10_000)
 
 
 # Results.
@@ -166,7 +85,40 @@ _CHANGE: Final = record(
 )
 _USAGE: Final = record("Usage", path=STRING, disk=INTEGER, apparent=INTEGER, objects=INTEGER, whiteouts=INTEGER)
 
-TYPES: Final = (_LAYER, _DECISION, _COPY, _CHANGE, _USAGE)
+_OPERATION: Final = record(
+    "Operation", count=INTEGER, seconds=NUMBER, errors=mapping(INTEGER), histogram=array(INTEGER)
+)
+
+EVENTS: Final = (
+    *("start", "copy-up", "create", "mkdir", "mknod", "symlink", "link", "unlink", "rmdir", "rename", "exchange"),
+    *("write", "setattr", "setxattr", "removexattr"),
+)
+_EVENT: Final = record(
+    "Event",
+    number=INTEGER,
+    time=NUMBER,
+    kind=words(*EVENTS),
+    path=optional(STRING),
+    to=optional(STRING),
+    fields=array(STRING),
+    pid=optional(INTEGER),
+    uid=optional(INTEGER),
+)
+
+_HOLDER: Final = record(
+    "Holder",
+    pid=INTEGER,
+    uid=INTEGER,
+    command=STRING,
+    how=words("fd", "cwd", "root", "exe", "mapped"),
+    fd=optional(INTEGER),
+    access=optional(words("r", "w", "rw", "path")),
+    path=STRING,
+    deleted=BOOLEAN,
+)
+_WORK: Final = record("Work", kind=STRING, path=optional(STRING), done=INTEGER, total=optional(INTEGER), seconds=NUMBER)
+
+TYPES: Final = (_LAYER, _DECISION, _COPY, _CHANGE, _USAGE, _OPERATION, _EVENT, _HOLDER, _WORK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,16 +192,28 @@ METHODS: Final[tuple[Method, ...]] = (
         record(
             uptime=NUMBER,
             counters=mapping(INTEGER),
+            operations=mapping(_OPERATION),
+            bounds=array(NUMBER),
             nodes=INTEGER,
             fds=INTEGER,
             cached_fds=INTEGER,
             fd_limit=INTEGER,
+            fd_hits=INTEGER,
+            fd_misses=INTEGER,
+            fd_evictions=INTEGER,
+            lists=INTEGER,
+            names=INTEGER,
+            lists_read=INTEGER,
             threads=INTEGER,
             cpu=NUMBER,
             memory=record(resident=INTEGER, peak=INTEGER),
             control=record(clients=INTEGER, calls=INTEGER, refused=INTEGER),
         ),
-        note="Counters only grow. `cpu` is in seconds, `memory` in bytes.",
+        note="Counters only grow. `operations` are the kernel's requests by kind, from being read to being answered "
+        "(with `io=cached` the kernel opens and closes files without any); column i of a `histogram` has those that "
+        "took at most `bounds[i]` seconds and more than the one before, the last column all others. A descriptor that "
+        "was wanted was there (`fd_hits`) or was opened (`fd_misses`). `lists` of merged lower names are kept, with "
+        "`names` in all. `cpu` is in seconds, `memory` in bytes.",
     ),
     Method(
         "explain",
@@ -282,9 +246,69 @@ METHODS: Final[tuple[Method, ...]] = (
         "du",
         "The space that the upper takes, by directory.",
         record(total=optional(_USAGE), items=array(_USAGE), truncated=BOOLEAN),
-        (_BELOW, _int("depth", "Levels of directories to list.", 0, 64, 1), _LIMIT, _PROGRESS),
+        (_BELOW, integer("depth", "Levels of directories to list.", 0, 64, 1), _LIMIT, _PROGRESS),
         note="Largest first. `disk` is what is allocated, `apparent` what the sizes say, in bytes; `objects` without "
         "whiteouts. `total` is null when the upper has no such directory.",
+    ),
+    Method(
+        "events",
+        "What changes, and who changes it.",
+        record(events=array(_EVENT), lost=INTEGER, next=INTEGER),
+        (
+            _BELOW,
+            Param(
+                "since",
+                "From this number on; null: all that are kept, or with `follow` those to come.",
+                optional(INTEGER),
+                read_number_or_none,
+            ),
+            Param(
+                "follow",
+                "Send notifications `events`, `{id, events, lost, next}`, as they happen, until the client hangs up.",
+                BOOLEAN,
+                read_flag,
+                False,
+            ),
+            integer("limit", "At most so many events; more come from `next` on.", 0, 4096, 1000),
+        ),
+        note="The last 4096 are kept. Recording begins with the first call, which the event `start` marks, or with the "
+        "mount (`events=on`); it ends when nobody called or followed for ten minutes. Numbers have no gaps, and `lost` "
+        "counts those that were dropped before they could be told. A change has happened when its event is sent. `to` "
+        "is the new name of a rename, an exchange or a link, `fields` what a setattr changed or the name of an xattr. "
+        "The first write of a process to a file is an event, further ones are not; with `io=passthrough` the daemon "
+        "sees none. `pid` is as the daemon's pid namespace has it, 0 for pages that the kernel writes back, as it does most "
+        "with its writeback cache (`writeback=`), and null "
+        "where the transport does not tell: pyfuse3 does not for writes.",
+    ),
+    Method(
+        "open",
+        "Who holds something of the mount: open, mapped, as a directory they are in, as root or as program.",
+        record(
+            holders=array(_HOLDER),
+            unseen=INTEGER,
+            handles=optional(array(record(path=optional(STRING), opens=INTEGER))),
+        ),
+        (_BELOW,),
+        note="`holders` is read from /proc: those that the daemon may look into, all of them only for root, and "
+        "`unseen` counts the processes it may not. `path` is from the root of the mount where it can be told, else as "
+        "the process sees it. `handles` are the files that the kernel told the daemon it has open; with `io=cached` it "
+        "does not tell, and that is null. Whoever is in a file system as its loop device or swap is in neither.",
+    ),
+    Method(
+        "work",
+        "What takes long and is under way, and how far it is.",
+        record(work=array(_WORK)),
+        note="`done` and `total` of a copy-up are bytes; when they are the same it is being put on disk. Of `diff` and "
+        "`du`, `done` are objects and `total` is null, as nobody knows it; of `sync` not even that is known.",
+    ),
+    Method(
+        "hot",
+        "Which paths the kernel asks about most, by samples.",
+        record(samples=INTEGER, paths=array(record(path=optional(STRING), samples=INTEGER))),
+        (integer("limit", "At most so many paths.", 0, 1000, 20),),
+        note="Of what was asked since the last call, by anybody. Taking samples begins with a call, and ends when "
+        "nobody wants to see them. What the kernel answers from its caches is not seen; a lookup counts for its "
+        "directory.",
     ),
     Method(
         "options",
@@ -305,6 +329,7 @@ METHODS: Final[tuple[Method, ...]] = (
         "sync",
         "Put the upper on disk.",
         record(seconds=NUMBER, volatile=BOOLEAN),
+        (_PROGRESS,),
         acts=True,
         note="A mount with `volatile` does nothing, and says so.",
     ),
@@ -317,7 +342,7 @@ METHODS: Final[tuple[Method, ...]] = (
                 "timeout",
                 "Thaw after so many seconds at the latest.",
                 {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_FREEZE},
-                _seconds(MAX_FREEZE),
+                read_seconds(MAX_FREEZE),
                 60,
             ),
         ),
@@ -337,7 +362,7 @@ METHODS: Final[tuple[Method, ...]] = (
         "log",
         "The level of the log, and a new one.",
         record(level=STRING, before=STRING),
-        (Param("level", "From now on.", optional(words(*LEVELS)), _word(*LEVELS)),),
+        (Param("level", "From now on.", optional(words(*LEVELS)), read_word(*LEVELS)),),
         acts=True,
     ),
     Method(
@@ -352,7 +377,7 @@ METHODS: Final[tuple[Method, ...]] = (
         "unmount",
         "Unmount, as umount(8) does; `lazy` also while it is in use.",
         record(result=words("gone", "detached", "busy")),
-        (Param("lazy", "Detach a busy mount: it ends when its last user leaves.", BOOLEAN, _flag, False),),
+        (Param("lazy", "Detach a busy mount: it ends when its last user leaves.", BOOLEAN, read_flag, False),),
         acts=True,
     ),
     Method(

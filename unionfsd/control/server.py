@@ -73,7 +73,7 @@ class Server:
         self._gid = gid
         self._methods = Methods(mounted, self._census)
         self._clients: dict[_Connection, float] = {}
-        self._toll = Toll(_SHARE, _BURST)
+        self.toll = Toll(_SHARE, _BURST)
         self._calls = 0
         self._refused = 0
 
@@ -93,7 +93,7 @@ class Server:
                     await trio.sleep(1)
                     continue
                 nursery.start_soon(self._attend, stream)
-                await self._toll.pay()
+                await self.toll.pay()
 
     async def _attend(self, stream: trio.SocketStream) -> None:
         """One connection, from its beginning to its end."""
@@ -129,12 +129,12 @@ class Server:
         async with aclosing(connection.frames()) as frames:
             async for frame in frames:
                 self._clients[connection] = monotonic()
-                await self._toll.pay()
+                await self.toll.pay()
                 await self._answer(connection, frame)
 
     async def _answer(self, connection: _Connection, frame: bytes) -> None:
         try:
-            with self._toll:
+            with self.toll:
                 calls, batch = protocol.requests(protocol.decode(frame))
         except RpcError as error:
             await self._send(connection, protocol.error(error, None))
@@ -147,8 +147,14 @@ class Server:
                 with trio.fail_after(LAST_SECONDS if acts else SEND_SECONDS):
                     await self._send(connection, answers if batch else answers[0])
 
+    async def tell(self, connection: _Connection, message: Json) -> None:
+        """Send a notification; who is told something is not idle."""
+        if connection in self._clients:
+            self._clients[connection] = monotonic()
+        await self._send(connection, message)
+
     async def _send(self, connection: _Connection, message: Json) -> None:
-        with self._toll:
+        with self.toll:
             frame = protocol.encode(message)
         await connection.send_frame(frame)
 
@@ -181,7 +187,7 @@ class Server:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(connection.watch, nursery.cancel_scope)
             try:
-                result = await function(_Ongoing(connection, call.id), **arguments)
+                result = await function(_Ongoing(self, connection, call.id), **arguments)
             except Exception as error:  # kept, because the nursery would wrap it
                 failed = error
             nursery.cancel_scope.cancel()
@@ -221,12 +227,16 @@ class Toll:
 class _Ongoing:
     """The call that a method is answering."""
 
-    def __init__(self, connection: _Connection, identity: Id) -> None:
+    def __init__(self, server: Server, connection: _Connection, identity: Id) -> None:
+        self._server = server
         self._connection = connection
         self._id = identity
 
     async def notify(self, method: str, params: dict[str, Json]) -> None:
-        await self._connection.send(protocol.call(method, {"id": self._id, **params}, None))
+        await self._server.tell(self._connection, protocol.call(method, {"id": self._id, **params}, None))
+
+    async def rest(self) -> None:
+        await self._server.toll.pay()
 
 
 class _Connection:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import base64
+import errno
 import os
 import stat
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Final
 
-from unionfsd import changes, explain, syscalls
+from unionfsd import changes, explain, holders, metrics, refresh, syscalls
 from unionfsd.control.protocol import Json
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from unionfsd.layers import Layer
     from unionfsd.options import MountConfig
 
@@ -134,6 +137,63 @@ def _copy(copy: explain.Copy) -> Json:
         "whiteout": copy.whiteout,
         "decided_by": _decision(copy.decided_by),
         "marks": _xattrs(copy.marks),
+    }
+
+
+#: Of the bits of a time in ns, those that bound a column of a histogram: 2 us to 17 s.
+_BITS: Final = range(11, 35)
+BOUNDS: Final = tuple(2**bits / 1e9 for bits in _BITS)
+"""Upper bounds of the columns of a histogram, in seconds; what took longer has a column more."""
+
+
+def operations(counted: metrics.Operations, names: Mapping[int, str]) -> Json:
+    """Requests by the name of their kind."""
+    return {
+        names.get(of.kind, "OTHER"): {
+            "count": sum(of.times),
+            "seconds": of.total_ns / 1e9,
+            "errors": {errno.errorcode.get(number, str(number)): count for number, count in of.errors.items()},
+            "histogram": _columns(of.times),
+        }
+        for of in counted.snapshot()
+    }
+
+
+def _columns(times: tuple[int, ...]) -> list[int]:
+    first, last = _BITS[0], _BITS[-1]
+    return [sum(times[: first + 1]), *times[first + 1 : last + 1], sum(times[last + 1 :])]
+
+
+def held(row: holders.Held, mountpoint: bytes) -> Json:
+    top = mountpoint.rstrip(b"/")
+    inside = row.path == top or row.path.startswith(top + b"/")
+    return {
+        "pid": row.pid,
+        "uid": row.uid,
+        "command": text(row.command),
+        "how": row.how,
+        "fd": row.fd,
+        "access": row.access,
+        "path": text((row.path[len(top) :] or b"/") if inside else row.path),
+        "deleted": row.deleted,
+    }
+
+
+def opened(file: refresh.Opened) -> Json:
+    return {"path": None if file.path is None else text(file.path), "opens": file.opens}
+
+
+def work(under_way: metrics.Work, now: float) -> Json:
+    try:
+        done = under_way.done()
+    except OSError:  # it has just ended
+        done = under_way.total or 0
+    return {
+        "kind": under_way.kind,
+        "path": None if under_way.path is None else text(under_way.path),
+        "done": done,
+        "total": under_way.total,
+        "seconds": round(now - under_way.since, 3),
     }
 
 

@@ -46,7 +46,7 @@ class Verb(NamedTuple):
     @property
     def asks_one(self) -> bool:
         """Whether it asks one mount, which may be named by its socket, too."""
-        return self.where == "verbs"
+        return self.where in ("verbs", "live")
 
 
 _PATH: Final = Argument("path", "the mountpoint, or any path under it", {"nargs": "?", "default": "."})
@@ -64,6 +64,33 @@ VERBS: Final[tuple[Verb, ...]] = (
         (_PATH, Argument("--depth", "levels of directories to list (default: 1)", {"type": int, "default": 1})),
     ),
     Verb("stats", "what a mount did, and what it holds", (_PATH,)),
+    Verb(
+        "events",
+        "what changes, and who changes it",
+        (
+            _PATH,
+            Argument("--follow", "go on as things happen", {"action": "store_true"}),
+            Argument("--since", "from this number on", {"type": int, "default": None, "metavar": "N"}),
+        ),
+    ),
+    Verb("open", "who holds something of a mount: processes, and what they hold", (_PATH,)),
+    Verb(
+        "top",
+        "a live screen: requests, latency, what is under way, hot paths, changes",
+        (
+            _PATH,
+            Argument(
+                "--interval", "seconds between two looks (default: 1)", {"type": float, "default": 1.0, "metavar": "S"}
+            ),
+        ),
+        "live",
+    ),
+    Verb(
+        "work",
+        "what takes long and is under way, and how far it is",
+        (_PATH, Argument("--follow", "until it is done", {"action": "store_true"})),
+        "live",
+    ),
     Verb("options", "the mount options in force", (_PATH,)),
     Verb("sync", "put the upper on disk", (_PATH,)),
     Verb(

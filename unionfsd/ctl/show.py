@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Final, TextIO
+from typing import TYPE_CHECKING, Final, TextIO
+
+if TYPE_CHECKING:
+    from rich import progress
 
 _STYLES: Final = {"bold": "1", "red": "31", "green": "32", "yellow": "33", "dim": "2"}
 
@@ -67,21 +70,60 @@ def duration(seconds: float) -> str:
     return " ".join(shown[:2]) or "0 s"
 
 
-class Progress:
-    """One line on the terminal that says how far something is; nothing when standard error is no terminal."""
+def moment(seconds: float) -> str:
+    """A short time in about three figures."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} us"
 
-    def __init__(self, what: str) -> None:
+
+def quantile(bounds: Sequence[float], histogram: Sequence[int], share: float) -> float:
+    """The time within which `share` of those in `histogram` were done: the bound of the column it falls in."""
+    wanted = share * sum(histogram)
+    total = 0
+    for bound, count in zip(bounds, histogram, strict=False):
+        total += count
+        if total and total >= wanted:
+            return bound
+    return float("inf") if histogram and histogram[-1] else 0.0
+
+
+class Progress:
+    """A bar on the terminal while something takes long; nothing when standard error is no terminal."""
+
+    def __init__(self, what: str, unit: str = "objects") -> None:
         self._what = what
-        self._shown = False
+        self._unit = unit
+        self._bar: progress.Progress | None = None
 
     def update(self, done: int) -> None:
-        """Say that `done` objects were looked at."""
-        if sys.stderr.isatty():
-            print(f"\r{self._what}: {done:,} objects", end="", file=sys.stderr, flush=True)
-            self._shown = True
+        """Say that it goes on, and that `done` units of it are done."""
+        if self._bar is None:
+            if not sys.stderr.isatty():
+                return
+            self._bar = _bar()
+            self._bar.add_task(self._what, total=None, unit=self._unit, shown="")
+        self._bar.start()
+        self._bar.update(self._bar.task_ids[0], completed=done, shown=f"{done:,}" if self._unit else "")
 
     def clear(self) -> None:
-        """Take the line away."""
-        if self._shown:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-            self._shown = False
+        """Take the bar away; the next `update` brings it back."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _bar() -> progress.Progress:
+    from rich import progress  # late: few calls take long enough
+    from rich.console import Console
+
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.TextColumn("{task.fields[shown]} {task.fields[unit]}"),
+        progress.TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )

@@ -114,10 +114,31 @@ def _stats(value: Json) -> str:
         *((name.replace("_", " "), f"{count:,}") for name, count in value["counters"].items()),
         ("nodes", f"{value['nodes']:,}"),
         ("descriptors", f"{value['fds']:,} ({value['cached_fds']:,} cached, at most {value['fd_limit']:,})"),
+        ("cached descriptors", f"{_share(value['fd_hits'], value['fd_misses'])}, {value['fd_evictions']:,} closed"),
+        ("lists of lower names", f"{value['lists']:,} kept ({value['names']:,} names), {value['lists_read']:,} read"),
         ("memory", f"{show.size(memory['resident'])}, {show.size(memory['peak'])} at most"),
         ("processor time", f"{value['cpu']:.2f} s in {show.duration(value['uptime'])}"),
     ]
-    return show.table(rows)
+    return show.table(rows) + "\n\n" + _operations(value)
+
+
+def _share(hits: int, misses: int) -> str:
+    return f"{hits:,} hits ({hits / (hits + misses):.1%})" if hits + misses else "none used"
+
+
+def _operations(value: Json) -> str:
+    bounds = value["bounds"]
+    rows = [
+        (
+            name,
+            f"{of['count']:,}",
+            show.moment(of["seconds"] / of["count"]),
+            *("< " + show.moment(show.quantile(bounds, of["histogram"], share)) for share in (0.5, 0.99)),
+            " ".join(f"{number} {count:,}" for number, count in of["errors"].items()),
+        )
+        for name, of in sorted(value["operations"].items(), key=lambda item: -item[1]["count"])
+    ]
+    return show.table(rows, ("request", "count", "mean", "50 %", "99 %", "errors"), right=(1, 2, 3, 4))
 
 
 def explain(given: argparse.Namespace) -> int:
@@ -243,6 +264,63 @@ def _du(value: Json) -> str:
     return show.table(shown, ("on disk", "apparent", "objects", "whiteouts", "directory"), right=(0, 1, 2, 3))
 
 
+def events(given: argparse.Namespace) -> int:
+    """A line for each event; with `--json` an object on each."""
+
+    def told(method: str, value: Json) -> None:
+        if value["lost"]:
+            print(f"unionfsctl: {value['lost']:,} events were lost", file=sys.stderr)
+        for event in value["events"]:
+            print(json.dumps(event) if given.json else _event(event), flush=given.follow)
+
+    with Asked(given, silence=None) as asked:
+        params = {"path": asked.inside, "since": given.since}
+        if given.follow:
+            asked.client.call("events", notified=told, follow=True, **params)
+        else:
+            told("events", asked.client.call("events", limit=4096, **params))
+    return OK
+
+
+def _event(event: Json) -> str:
+    import time
+
+    clock = time.strftime("%H:%M:%S", time.localtime(event["time"])) + f".{int(event['time'] % 1 * 1000):03}"
+    who = "" if event["pid"] is None else f"pid {event['pid']} uid {event['uid']}"
+    to = "" if event["to"] is None else f" -> {show.name(event['to'])}"
+    fields = f"  ({', '.join(map(show.name, event['fields']))})" if event["fields"] else ""
+    path = "" if event["path"] is None else show.name(event["path"])
+    return f"{event['number']:>6}  {clock}  {who:<20}  {event['kind']:<11}  {path}{to}{fields}".rstrip()
+
+
+def open(given: argparse.Namespace) -> int:
+    with Asked(given) as asked:
+        value = asked.client.call("open", path=asked.inside)
+    return out(given, value, _open)
+
+
+def _open(value: Json) -> str:
+    rows = [
+        (
+            str(row["pid"]),
+            str(row["uid"]),
+            show.name(row["command"]),
+            row["how"] if row["fd"] is None else f"{row['fd']}{'' if row['access'] == 'path' else row['access']}",
+            show.name(row["path"]) + (" (deleted)" if row["deleted"] else ""),
+        )
+        for row in value["holders"]
+    ]
+    lines = [show.table(rows, ("pid", "uid", "command", "how", "path"), right=(0, 1))] if rows else ["nobody"]
+    if value["unseen"]:
+        lines.append(f"processes that could not be looked into: {value['unseen']:,}")
+    if value["handles"]:
+        opened = [
+            (f"{row['opens']:,}", "-" if row["path"] is None else show.name(row["path"])) for row in value["handles"]
+        ]
+        lines += ["", show.table(opened, ("opens", "file"), right=(0,))]
+    return "\n".join(lines)
+
+
 def options(given: argparse.Namespace) -> int:
     return out(given, ask(given, "options"), _options)
 
@@ -262,8 +340,12 @@ def _plain(setting: Json) -> str:
 
 
 def sync(given: argparse.Namespace) -> int:
+    progress = show.Progress("sync", unit="")
     with Asked(given, silence=None) as asked:
-        value = asked.client.call("sync")
+        value = asked.client.call(
+            "sync", notified=lambda _, params: progress.update(params["done"]), progress=sys.stderr.isatty()
+        )
+    progress.clear()
     return out(given, value, lambda _: "volatile: nothing is synced" if value["volatile"] else "")
 
 

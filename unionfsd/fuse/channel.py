@@ -26,12 +26,14 @@ import os
 import select
 from collections.abc import Awaitable, Callable
 from functools import partial
-from time import monotonic
+from time import monotonic, perf_counter_ns
 from typing import TYPE_CHECKING, Any, Final
 
 from unionfsd.errors import UserError
+from unionfsd.events import Who
 from unionfsd.fuse import negotiate, notify, readahead, wire
 from unionfsd.fuse.abi import FUSE_KERNEL_VERSION, InitFlag, Opcode
+from unionfsd.fuse.acting import Acting
 from unionfsd.fuse.dirs import Dirs
 from unionfsd.fuse.exchange import Deferred, Exchange, Handler, Payload
 from unionfsd.fuse.files import Files
@@ -82,8 +84,11 @@ async def serve(union: Union, fuse_fd: int, config: MountConfig, *, started: Cal
 
 def channel(union: Union, fuse_fd: int, config: MountConfig, started: Callable[[], None]) -> Channel:
     """The same in two parts: `begin`, which needs no event loop, then `run`."""
-    kind = TracedChannel if config.debug else Channel
-    return kind(union, fuse_fd, config, started)
+    if config.debug:
+        from unionfsd.fuse.traced import TracedChannel
+
+        return TracedChannel(union, fuse_fd, config, started)
+    return Channel(union, fuse_fd, config, started)
 
 
 class Channel:
@@ -92,6 +97,11 @@ class Channel:
     def __init__(self, union: Union, fuse_fd: int, config: MountConfig, started: Callable[[], None]) -> None:
         valid = wire.Validity.of(config.timeout, config.timeout)
         self.counters = union.counters
+        self._times = union.counters.operations.times
+        self._totals = union.counters.operations.totals
+        self._began = 0
+        self._acting = Acting()
+        union.events.who = self._who
         self._fd = fuse_fd
         self._started = started
         self._mountpoint = config.mountpoint
@@ -106,6 +116,7 @@ class Channel:
         self._fill(self._names.table() | self._files.table() | self._dirs.table())
         self._fill({Opcode.INIT: self._init, Opcode.DESTROY: _ok, Opcode.INTERRUPT: _silent})
         self._nursery: trio.Nursery | None = None
+        self.gone = False
         self._readable: Callable[[int], Awaitable[None]]
         self._checkpoint: Callable[[], Awaitable[None]]
         self._workers = Workers()
@@ -123,20 +134,27 @@ class Channel:
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
-    def begin(self, wanted: Callable[[], bool] = lambda: False) -> None:
+    def begin(self, wanted: Callable[[], bool] = lambda: False, patience: float = 0.0) -> None:
         """Answer INIT and what comes with it, until nothing comes for a moment or `wanted` says that we must go on.
 
-        UserError: the kernel is too old.
+
+        With `patience` it goes on for so many seconds although nothing comes. `gone`: the mount ended before, and there
+        is nothing to run. UserError: the kernel is too old.
         """
         os.set_blocking(self._fd, False)
-        end = monotonic() + _BEGINNING
+        now = monotonic()
+        end, calm = now + _BEGINNING, now + patience
         glance = 0.0
-        while self._serve_one():
+        while (busy := self._serve_one()) or (now < calm and not self.gone):
             now = monotonic()
-            if now > glance:
+            if now > glance or not busy:
                 glance = now + _GLANCE
                 if now > end or wanted():
                     return
+
+    def close(self) -> None:
+        """What takes the place of `run` where the mount is `gone`."""
+        self._workers.close()
 
     def _serve_one(self) -> bool:
         """Answer the next request, or go on with an operation; False when there is nothing to do for a moment."""
@@ -147,9 +165,11 @@ class Channel:
             received = os.readv(self._fd, self._exchange.inbox.vector)
         except BlockingIOError:
             return self._linger(_QUIET_MS) or bool(self._deferred)
-        except OSError:
+        except OSError as exc:
+            self.gone = exc.errno in _GONE and not self._deferred
             return False  # `run` meets it again, and knows what to do
         if received < wire.BODY:
+            self.gone = not received and not self._deferred
             return False
         self._answer(received)
         return True
@@ -257,6 +277,8 @@ class Channel:
 
     async def _turn_over(self) -> None:
         """Let every other task run if the channel's turn is over."""
+        if self.counters.samples is not None:
+            self.counters.sample(self._exchange.header[3])
         if monotonic() > self._turn:
             await self._checkpoint()
             now = monotonic()
@@ -274,7 +296,8 @@ class Channel:
     def _answer(self, received: int) -> None:
         """Dispatch the request in the inbox, `received` bytes, and write its reply unless it is due later or never."""
         exchange = self._exchange
-        self.counters.requests += 1
+        began = self._began = perf_counter_ns()
+        opcode = 0
         try:
             header = exchange.header = wire.IN_HEADER.unpack_from(exchange.buf)
             opcode = header[1]
@@ -288,6 +311,7 @@ class Channel:
             self._fail(exchange.header, errno.EIO)
         except FrozenError as frozen:
             frozen.gate.on_open(partial(self._again, exchange.buf[:received]))
+            return
         except UserError:
             self._fail(exchange.header, errno.EPROTO)
             raise
@@ -297,6 +321,13 @@ class Channel:
         else:
             if payload is not None:
                 self._reply(header[2], payload)
+            elif opcode not in _NO_REPLY:
+                return  # it takes longer, see `_finish`
+        if opcode >= wire.OPCODES:
+            opcode = 0
+        took = perf_counter_ns() - began
+        self._times[opcode][took.bit_length()] += 1
+        self._totals[opcode] += took
 
     def _again(self, request: bytes) -> None:
         """Take a request up that was put aside; between two of the loop's awaits nothing is in the inbox."""
@@ -308,8 +339,10 @@ class Channel:
         self._write([_OUT.pack(_OUT_SIZE + size, 0, unique), payload])
 
     def _fail(self, header: tuple[int, ...], code: int) -> None:
-        if header[1] not in _NO_REPLY:
+        opcode = header[1]
+        if opcode not in _NO_REPLY:
             self.counters.errors += 1
+            self.counters.operations.failed(opcode if opcode < wire.OPCODES else 0, code)
             self._write([wire.error(header[2], code)])
 
     def _fault(self, header: tuple[int, ...]) -> None:
@@ -327,8 +360,14 @@ class Channel:
     # --- operations that yielded -------------------------------------------------------------------------------------
 
     def _defer(self, deferred: Deferred) -> None:
+        deferred.began = self._began
+        self.counters.threaded += 1
         self._deferred.add(deferred)
         self._perform(deferred, deferred.step)
+
+    def _who(self) -> Who:
+        header = self._exchange.header
+        return self._acting.now or Who(header[6], header[4])
 
     def _perform(self, deferred: Deferred, step: Step) -> None:
         """See that `step` is done; the operation is then due."""
@@ -340,7 +379,8 @@ class Channel:
     def _go_on(self) -> None:
         """Take the operation that is due first to its next step, or to its end and answer its request."""
         deferred, value, error = self._workers.take()
-        header = (0, 0, deferred.unique)
+        header = deferred.header
+        self._acting.now = Who(header[6], header[4])
         try:
             step = deferred.op.send(value) if error is None else deferred.op.throw(error)
         except StopIteration as stop:
@@ -358,19 +398,21 @@ class Channel:
             # An error holds this frame. If the frame held it, too, the descriptors in its frames would stay open until
             # the next collection of garbage, and the space of a deleted file taken.
             del error
+            self._acting.now = None
 
     def _finish(self, deferred: Deferred, result: Any) -> None:
         try:
-            self._reply(deferred.unique, deferred.done(result))
+            self._reply(deferred.header[2], deferred.done(result))
         except OSError as exc:
-            self._fail((0, 0, deferred.unique), exc.errno or errno.EIO)
+            self._fail(deferred.header, exc.errno or errno.EIO)
         except Exception:
             log.exception(_DEFECT)
-            self._fault((0, 0, deferred.unique))
+            self._fault(deferred.header)
         self._over(deferred)
 
     def _over(self, deferred: Deferred) -> None:
         self._deferred.discard(deferred)
+        self.counters.operations.took(deferred.header[1], perf_counter_ns() - deferred.began)
         if deferred.held is not None:
             self._exchange.give_back(deferred.held)
         if deferred.ended is not None:
@@ -410,6 +452,7 @@ class Channel:
         session = negotiate.settle(offer, self._wanted)
         self._apply(session)
         self._reply(self._exchange.header[2], session.reply)
+        self.counters.operations.took(Opcode.INIT, perf_counter_ns() - self._began)
         readahead.widen(self._mountpoint)
         self._started()
         return None
@@ -434,24 +477,6 @@ class Channel:
 
     def _unknown(self, nodeid: int, end: int) -> Payload:
         raise OSError(errno.ENOSYS, "not served")
-
-
-class TracedChannel(Channel):
-    """A channel that logs every message."""
-
-    def _answer(self, received: int) -> None:
-        length, opcode, unique, nodeid, uid, gid, pid, _ = wire.IN_HEADER.unpack_from(self._exchange.buf)
-        name = Opcode(opcode).name if opcode in _KNOWN else str(opcode)
-        log.debug("#%d %s node %d, %d bytes, uid %d gid %d pid %d", unique, name, nodeid, length, uid, gid, pid)
-        super()._answer(received)
-
-    def _write(self, parts: list[Payload]) -> None:
-        length, code, unique = _OUT.unpack_from(parts[0])
-        log.debug("#%d answered: %s, %d bytes", unique, errno.errorcode.get(-code, "ok"), length)
-        super()._write(parts)
-
-
-_KNOWN: Final = frozenset(Opcode)
 
 
 def _ok(nodeid: int, end: int) -> Payload:

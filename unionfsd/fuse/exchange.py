@@ -49,13 +49,16 @@ class Buffer:
 class Deferred:
     """An operation that yielded: its request, the step to do first, what its result becomes, the buffer it keeps.
 
-    `ended` is for whoever waits for its end.
+    `began` is when its request was read, in ns. `ended` is for whoever waits for its end.
     """
 
-    __slots__ = ("done", "ended", "held", "op", "step", "unique")
+    __slots__ = ("began", "done", "ended", "header", "held", "op", "step")
 
-    def __init__(self, unique: int, op: Op[T], step: Step, done: Callable[[T], Payload], held: Buffer | None) -> None:
-        self.unique = unique
+    def __init__(
+        self, header: Header, op: Op[T], step: Step, done: Callable[[T], Payload], held: Buffer | None
+    ) -> None:
+        self.header = header
+        self.began = 0
         self.op = op
         self.step = step
         self.done = done
@@ -91,7 +94,7 @@ class Exchange:
             return done(stop.value)
         if held is not None:
             self._replace(held)
-        self._defer(Deferred(self.header[2], op, step, done, held))
+        self._defer(Deferred(self.header, op, step, done, held))
         return None
 
     def _replace(self, held: Buffer) -> None:

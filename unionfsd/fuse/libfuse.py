@@ -20,11 +20,15 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Coroutine
+from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Final
 
 import pyfuse3
 
-from unionfsd.fuse.driver import drive, opened
+from unionfsd.events import NOBODY, Who
+from unionfsd.fuse.abi import Opcode
+from unionfsd.fuse.acting import Acting
+from unionfsd.fuse.driver import finish, opened
 from unionfsd.fuse.names import killed
 from unionfsd.steps import FrozenError
 from unionfsd.union import Caller, SetAttr
@@ -40,6 +44,9 @@ log = logging.getLogger(__name__)
 
 #: Requests in service at once. A request that waits for a large copy-up holds one; when all are held, the mount stalls.
 _MAX_TASKS: Final = 500
+
+#: The request behind a handler, where it does not have the handler's name.
+_KINDS: Final = {"rename": Opcode.RENAME2, "readdir": Opcode.READDIRPLUS}
 
 #: A handler as pyfuse3 calls it.
 _Handler = Callable[..., Coroutine[Any, Any, Any]]
@@ -75,21 +82,27 @@ def _open_session(operations: _Operations, fuse_fd: int) -> None:
 def _handler(fn: Callable[..., Any]) -> _Handler:
     """Make `fn`, a function or a generator of steps, a pyfuse3 handler that raises nothing but FUSEError."""
     generator = inspect.isgeneratorfunction(fn)
+    kind = _KINDS.get(fn.__name__) or Opcode[fn.__name__.upper()]
 
     @functools.wraps(fn)
     async def answer(self: _Operations, *args: Any) -> Any:
-        self.counters.requests += 1
-        while True:
-            try:
-                return await drive(fn(self, *args)) if generator else fn(self, *args)
-            except FrozenError as frozen:
-                await opened(frozen.gate)
-            except OSError as error:
-                self.counters.errors += 1
-                raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
-            except Exception as error:
-                self.report(fn.__name__, error)
-                raise pyfuse3.FUSEError(errno.EIO) from None
+        began = perf_counter_ns()
+        who = _who(args) if self.recording() else NOBODY
+        if self.counters.samples is not None and args and isinstance(args[0], int):
+            self.counters.sample(args[0])
+        try:
+            while True:
+                try:
+                    return await self.drive(fn(self, *args), who) if generator else self.run(fn, args, who)
+                except FrozenError as frozen:
+                    await opened(frozen.gate)
+        except OSError as error:
+            raise self.failed(kind, error.errno or errno.EIO) from None
+        except Exception as error:
+            self.report(fn.__name__, error)
+            raise self.failed(kind, errno.EIO) from None
+        finally:
+            self.counters.operations.took(kind, perf_counter_ns() - began)
 
     return answer
 
@@ -106,9 +119,41 @@ class _Operations(pyfuse3.Operations):
         self._union = union
         self._timeout = timeout
         self._started = started
+        self._acting = Acting()
+        union.events.who = self._acting.who
 
     def init(self) -> None:
         self._started()
+
+    def recording(self) -> bool:
+        return self._union.events.recording
+
+    def run(self, fn: Callable[..., Any], args: tuple[Any, ...], who: Who) -> Any:
+        """Run a handler that never blocks."""
+        self._acting.now = who
+        try:
+            return fn(self, *args)
+        finally:
+            self._acting.now = None
+
+    async def drive(self, op: Op[Any], who: Who) -> Any:
+        """Run an operation to its end."""
+        self._acting.now = who
+        try:
+            step = op.send(None)
+        except StopIteration as stop:
+            return stop.value
+        finally:
+            self._acting.now = None
+        self.counters.threaded += 1
+        rest = self._acting.resumed(op, step, who)
+        return await finish(rest, rest.send(None))
+
+    def failed(self, kind: Opcode, number: int) -> pyfuse3.FUSEError:
+        """Count an errno; returns what tells it."""
+        self.counters.errors += 1
+        self.counters.operations.failed(kind, number)
+        return pyfuse3.FUSEError(number)
 
     def report(self, operation: str, error: Exception) -> None:
         """Log and count an exception that nobody meant to raise: a defect, whatever the caller is told."""
@@ -126,11 +171,13 @@ class _Operations(pyfuse3.Operations):
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         # Not a handler: there is nobody to tell an errno to, and a FUSEError would end the loop.
+        began = perf_counter_ns()
         try:
             for nodeid, count in inode_list:
                 self._union.forget(nodeid, count)
         except Exception as error:
             self.report("forget", error)
+        self.counters.operations.took(Opcode.BATCH_FORGET, perf_counter_ns() - began)
 
     @_handler
     def getattr(self, nodeid: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
@@ -325,6 +372,12 @@ def _dot(nodeid: int) -> pyfuse3.EntryAttributes:
 def _handle(nodeid: int) -> pyfuse3.FileInfo:
     """The open file of a node; its pages stay cached over opens, for nobody but this mount changes them."""
     return pyfuse3.FileInfo(fh=nodeid, keep_cache=True)
+
+
+def _who(args: tuple[Any, ...]) -> Who:
+    """Who asked, where libfuse's request has it among the arguments of its handler: reading and writing have not."""
+    ctx = args[-1] if args else None
+    return Who(ctx.pid, ctx.uid) if isinstance(ctx, pyfuse3.RequestContext) else NOBODY
 
 
 def _caller(ctx: pyfuse3.RequestContext) -> Caller:

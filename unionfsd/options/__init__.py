@@ -73,6 +73,8 @@ class MountConfig:
     """Where the control socket is."""
     control_group: str | None = None
     """A group that may use it, by name or number."""
+    events: Literal["auto", "on"] = "auto"
+    """Whether changes are recorded from the beginning, or once somebody asks for them."""
     explicit: frozenset[str] = frozenset()
     """Names of the options that were given, so that a default can be told from a wish."""
     warnings: tuple[str, ...] = ()

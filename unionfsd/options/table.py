@@ -326,6 +326,13 @@ GROUPS: Final[tuple[tuple[str, tuple[Option, ...]], ...]] = (
                 "GROUP",
             ),
             Option(
+                "events",
+                Value("events", one_of("auto", "on")),
+                "Record what changes, for `unionfsctl events`: once somebody asks, or from the beginning.",
+                "auto|on",
+                "auto",
+            ),
+            Option(
                 "log",
                 Value("log", read_path),
                 "Append the log to this file.",
