@@ -389,7 +389,8 @@ class Daemon(Mount):
 
 
 def _daemon_environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(PROJECT), "PYTHONFAULTHANDLER": "1"}
+    path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": path, "PYTHONFAULTHANDLER": "1"}
 
 
 def litter(work: Path) -> list[str]:
