@@ -42,6 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "deviates: the kernel's overlayfs does otherwise; docs/deviations.md says why")
+    config.addinivalue_line("markers", "privileged: needs root's rights over the machine, or other users")
     # Under nohup, or in the background of a script, daemons would inherit that these signals are nothing to them.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -57,8 +58,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Over the reference, leave out what it is known to do otherwise."""
-    skipped = [item for item in items if item.get_closest_marker("deviates") and str(REFERENCE) in item.nodeid]
+    """Leave out, over the reference, what it is known to do otherwise; without rights, what needs them."""
+    skipped = [
+        item
+        for item in items
+        if (item.get_closest_marker("deviates") and str(REFERENCE) in item.nodeid)
+        or (item.get_closest_marker("privileged") and harness.ROOTLESS)
+    ]
     if skipped:
         config.hook.pytest_deselected(items=skipped)
         items[:] = [item for item in items if item not in skipped]
@@ -67,7 +73,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def disk() -> Iterator[Path]:
     """An empty directory on a real disk, open to every user; gone after the test with all that was mounted in it."""
-    if os.geteuid() != 0:
+    if os.geteuid() != 0 and not harness.ROOTLESS:
         pytest.fail("the mount tests mount file systems: run them as root")
     root = Path(tempfile.mkdtemp(prefix="unionfsd-", dir=harness.DISK))
     root.chmod(0o755)

@@ -41,6 +41,14 @@ USER: Final = 54321
 GROUP: Final = 54322
 
 
+#: Set when the tests run without root's rights (tests/system/rootless.py): who runs them.
+ROOTLESS: Final = os.environ.get("UNIONFSD_TEST_ROOTLESS", "")
+
+#: How a mount is taken away, and how by force.
+UNMOUNT: Final = ("umount",) if os.geteuid() == 0 else ("fusermount3", "-u")
+DETACH: Final = ("umount", "--force", "--lazy") if os.geteuid() == 0 else ("fusermount3", "-u", "-z")
+
+
 class Mode(NamedTuple):
     """How a union is mounted: the daemon's transport and io mode, or the kernel's own overlayfs as the reference."""
 
@@ -177,13 +185,13 @@ class Mount:
 
     def unmount(self) -> None:
         """Unmount the ordinary way; whatever was still held open fails it."""
-        run("umount", self.path)
+        run(*UNMOUNT, self.path)
         self._call_off()
 
     def _watch(self, *pids: int) -> None:
         """Have the mount forced off, and `pids` killed, when it is still there after `patience`."""
         kill = "".join(f"kill -KILL {pid}; " for pid in pids)
-        self._watchdog = Watchdog(self._patience, f"{kill}umount --force --lazy '{self.path}'")
+        self._watchdog = Watchdog(self._patience, f"{kill}{' '.join(DETACH)} '{self.path}'")
 
     def _call_off(self) -> None:
         watchdog, self._watchdog = self._watchdog, None
@@ -220,7 +228,7 @@ class Mount:
     def detach(self) -> None:
         """Take the mount away whatever state it is in: requests in flight fail, open files become useless."""
         while self.mounted:
-            run("umount", "--force", "--lazy", self.path)
+            run(*DETACH, self.path)
         self._call_off()
 
 
@@ -388,7 +396,8 @@ class Daemon(Mount):
 
 
 def _daemon_environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(PROJECT), "PYTHONFAULTHANDLER": "1"}
+    path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": path, "PYTHONFAULTHANDLER": "1"}
 
 
 def litter(work: Path) -> list[str]:
@@ -470,5 +479,5 @@ def remove(root: Path) -> None:
     """Remove a tree of test layers, anything still mounted beneath it first."""
     for mountpoint in reversed(mounts()):
         if mountpoint.is_relative_to(root):
-            run("umount", "--force", "--lazy", mountpoint)
+            run(*DETACH, mountpoint)
     shutil.rmtree(root)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 _HEAD: Final = struct.Struct("<I")
@@ -16,7 +17,9 @@ _ENTRY: Final = struct.Struct("<HHI")
 _VERSION: Final = 2
 
 _USER_OBJ: Final = 0x01
+_USER: Final = 0x02
 _GROUP_OBJ: Final = 0x04
+_GROUP: Final = 0x08
 _MASK: Final = 0x10
 _OTHER: Final = 0x20
 
@@ -45,6 +48,15 @@ def inherit(default: bytes, mode: int) -> Inherited:
             mode = mode & ~(7 << shift) | perm << shift
         result += _ENTRY.pack(tag, perm, who)
     return Inherited(mode, result if extended else None)
+
+
+def with_ids(value: bytes, uid: Callable[[int], int], gid: Callable[[int], int]) -> bytes:
+    """The ACL `value` with its users and groups translated; EIO for a damaged one, and what `uid` and `gid` raise."""
+    result = _HEAD.pack(_VERSION)
+    for tag, perm, who in _decode(value):
+        translated = uid(who) if tag == _USER else gid(who) if tag == _GROUP else who
+        result += _ENTRY.pack(tag, perm, translated)
+    return result
 
 
 def _decode(value: bytes) -> list[tuple[int, int, int]]:

@@ -13,41 +13,19 @@ import errno
 import os
 import stat
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple
 
 from . import format as fmt
-from . import syscalls
+from . import owners, syscalls
 from .copyup import CopyUp
+from .guard import Guard, layer_of
 from .handles import Handles
 from .inodes import DirNode, Node
 from .layers import xattr_names
 from .lookup import Resolver
+from .options import MountConfig
+from .owners import Owners, StatLike
 from .steps import Op
-
-
-class StatLike(Protocol):
-    """The fields of os.stat_result that the mount shows."""
-
-    @property
-    def st_mode(self) -> int: ...
-    @property
-    def st_uid(self) -> int: ...
-    @property
-    def st_gid(self) -> int: ...
-    @property
-    def st_size(self) -> int: ...
-    @property
-    def st_blocks(self) -> int: ...
-    @property
-    def st_blksize(self) -> int: ...
-    @property
-    def st_rdev(self) -> int: ...
-    @property
-    def st_atime_ns(self) -> int: ...
-    @property
-    def st_mtime_ns(self) -> int: ...
-    @property
-    def st_ctime_ns(self) -> int: ...
 
 
 class Attr(NamedTuple):
@@ -87,20 +65,14 @@ class SetAttr:
         }
         return tuple(name for name, value in named.items() if value is not None)
 
+    @property
+    def touches(self) -> bool:
+        """Whether it is no more than a change of times to now."""
+        others = (self.mode, self.uid, self.gid, self.size)
+        return all(value is None for value in others) and {self.atime_ns, self.mtime_ns} <= {None, syscalls.UTIME_NOW}
 
-class Owned:
-    """A stat whose owner is another: for mounts that show everything as one user's."""
 
-    __slots__ = ("_st", "st_gid", "st_uid")
-
-    def __init__(self, st: StatLike, uid: int | None, gid: int | None) -> None:
-        self._st = st
-        self.st_uid = st.st_uid if uid is None else uid
-        self.st_gid = st.st_gid if gid is None else gid
-
-    def __getattr__(self, name: str) -> int:
-        value: int = getattr(self._st, name)
-        return value
+_ACLS: Final = (fmt.ACL_ACCESS, fmt.ACL_DEFAULT)
 
 
 class Elsewhere:
@@ -120,26 +92,50 @@ class Elsewhere:
 class Attributes:
     """Attributes of one mount's objects. `copy_up` is None when nothing can be written."""
 
-    def __init__(self, resolver: Resolver, handles: Handles, copy_up: CopyUp | None, owner: Owner) -> None:
+    def __init__(
+        self,
+        resolver: Resolver,
+        handles: Handles,
+        copy_up: CopyUp | None,
+        owners: Owners,
+        guard: Guard | None,
+        config: MountConfig,
+    ) -> None:
         self._resolver = resolver
         self._handles = handles
         self._copy_up = copy_up
-        self._owner = owner
+        self._owners = owners
+        self._translates = owners.translates or resolver.stack.overrides
+        self._guard = guard
+        self._static_nlink = config.static_nlink
+        self._noacl = config.noacl
+        self._noxattrs = config.noxattrs
 
     def show(self, node: Node, st: os.stat_result) -> Attr:
         """What the mount shows for an object whose topmost layer says `st`."""
         shown: StatLike = st
         if isinstance(node, DirNode):
-            merged = len(node.entry.lowers) + node.entry.upper > 1
-            nlink = 0 if node.unlinked else 1 if merged else st.st_nlink
+            single = self._static_nlink or len(node.entry.lowers) + node.entry.upper > 1
+            nlink = 0 if node.unlinked else 1 if single else st.st_nlink
         else:
             nlink = st.st_nlink - 1 if node.unlinked and not node.entry.upper else st.st_nlink
             if node.entry.index is not None and self._resolver.index is not None:
                 nlink = max(0, nlink + self._resolver.index.extra(node.entry.index))
             if self._resolver.follows_data and stat.S_ISREG(st.st_mode) and st.st_blocks * 512 < st.st_size:
                 shown = self._with_blocks(node, st)
-        uid, gid = self._owner
-        return Attr(shown if uid is None and gid is None else Owned(shown, uid, gid), node.ino, nlink)
+        return Attr(self._translated(node, shown) if self._translates else shown, node.ino, nlink)
+
+    def _translated(self, node: Node, st: StatLike) -> StatLike:
+        found = st
+        layer = layer_of(self._resolver, node)
+        if layer.override is not None:
+            with self._resolver.open_object(node) as fd:
+                found = owners.recorded(fd.fd, st, layer.override)
+        return self._owners.show(found, mapped=layer.idmapped) if self._owners.translates else found
+
+    def _form(self, node: Node) -> fmt.OverrideForm | None:
+        """How the layer that `node` is in keeps owners."""
+        return layer_of(self._resolver, node).override
 
     def _with_blocks(self, node: Node, st: os.stat_result) -> StatLike:
         """The same with the blocks of the file that has the data of `node`, whose object may have none of its own."""
@@ -160,6 +156,8 @@ class Attributes:
         """Apply `change`; EROFS, and what the calls on the upper raise."""
         if change.writeback and self._is_kept(node, change):
             return self.get(node)
+        if self._guard is not None and not change.writeback:
+            self._guard.change(node, touch=change.touches)
         yield from self._to_upper(node, change.size)
         if change.mtime_ns is not None and node.open is not None:
             node.open.mtime_ns = change.mtime_ns
@@ -167,7 +165,7 @@ class Attributes:
             fd = yield from self._handles.writable(node)
             syscalls.truncate(fd.fd, change.size)
         with self._resolver.open_object(node) as fd:
-            self._apply(fd.fd, change)
+            self._apply(fd.fd, self._form(node), change)
         if isinstance(node, DirNode):
             node.heritage = None
         return self.get(node)
@@ -186,11 +184,16 @@ class Attributes:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         yield from self._copy_up.node(node, size, data=size is not None)
 
-    def _apply(self, fd: int, change: SetAttr) -> None:
-        if change.uid is not None or change.gid is not None:
-            syscalls.chown(fd, _or_keep(change.uid), _or_keep(change.gid))
-        if change.mode is not None:
-            syscalls.chmod(fd, stat.S_IMODE(change.mode))
+    def _apply(self, fd: int, form: fmt.OverrideForm | None, change: SetAttr) -> None:
+        uid, gid = self._owners.new_owner(change.uid, change.gid)
+        if form is not None:
+            if (uid, gid, change.mode) != (-1, -1, None):
+                owners.change(fd, form, uid, gid, change.mode)
+        else:
+            if (uid, gid) != (-1, -1):
+                self._owners.forgive(lambda: syscalls.chown(fd, uid, gid))
+            if change.mode is not None:
+                syscalls.chmod(fd, stat.S_IMODE(change.mode))
         if change.atime_ns is not None or change.mtime_ns is not None:
             syscalls.utimens(fd, _or_omit(change.atime_ns), _or_omit(change.mtime_ns))
 
@@ -198,25 +201,47 @@ class Attributes:
 
     def getxattr(self, node: Node, name: bytes) -> bytes:
         """Value of an xattr; ENODATA."""
-        if fmt.is_forbidden(name):
-            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+        self._check_name(name, errno.ENODATA)
         with self._resolver.open_object(node) as fd:
-            return syscalls.getxattr(fd.fd, fmt.escape(name))
+            value = syscalls.getxattr(fd.fd, fmt.name_in_layer(name, self._form(node)))
+        return value if layer_of(self._resolver, node).idmapped else self._owners.show_xattr(name, value)
+
+    def _check_name(self, name: bytes, number: int) -> None:
+        """EOPNOTSUPP for xattrs that the mount has not, ENOSYS if it has none, errno `number` for those of a layer."""
+        if self._noxattrs:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        if self._noacl and name in _ACLS:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        if fmt.is_forbidden(name):
+            raise OSError(number, os.strerror(number))
 
     def listxattr(self, node: Node) -> list[bytes]:
         """Names of the xattrs that users may know of."""
+        if self._noxattrs:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        form = self._form(node)
         with self._resolver.open_object(node) as fd:
-            return [fmt.unescape(name) for name in xattr_names(fd.fd) if not fmt.is_internal(name)]
+            names = [fmt.name_in_mount(name, form) for name in xattr_names(fd.fd)]
+        return [name for name in names if name is not None and not (self._noacl and name in _ACLS)]
 
     def setxattr(self, node: Node, name: bytes, value: bytes, flags: int) -> Op[None]:
-        """Set an xattr; `flags` are XATTR_CREATE (EEXIST) or XATTR_REPLACE (ENODATA). EPERM for fuse-overlayfs's."""
-        if fmt.is_forbidden(name):
-            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        """Set an xattr; `flags` are XATTR_CREATE (EEXIST) or XATTR_REPLACE (ENODATA). EPERM for fuse-overlayfs's.
+
+        EINVAL for an ACL with an id that the mount's mapping has not; EOPNOTSUPP for any ACL where the upper keeps
+        owners and modes in an xattr, which an ACL would have to be part of.
+        """
+        self._check_name(name, errno.EPERM)
+        upper = self._resolver.stack.upper
+        if name in _ACLS and upper is not None and upper.override is not None:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        value = self._owners.keep_xattr(name, value)
+        if self._guard is not None:
+            self._guard.change(node)
         if not node.entry.upper:
             self._check_setxattr(node, name, flags)
         yield from self._to_upper(node)
         with self._resolver.open_object(node) as fd:
-            syscalls.setxattr(fd.fd, fmt.escape(name), value, flags)
+            syscalls.setxattr(fd.fd, fmt.name_in_layer(name, self._form(node)), value, flags)
         if isinstance(node, DirNode):
             node.heritage = None
 
@@ -234,22 +259,13 @@ class Attributes:
     def removexattr(self, node: Node, name: bytes) -> Op[None]:
         """Remove an xattr; ENODATA when there is none, and then nothing is copied up."""
         self.getxattr(node, name)
+        if self._guard is not None:
+            self._guard.change(node)
         yield from self._to_upper(node)
         with self._resolver.open_object(node) as fd:
-            syscalls.removexattr(fd.fd, fmt.escape(name))
+            syscalls.removexattr(fd.fd, fmt.name_in_layer(name, self._form(node)))
         if isinstance(node, DirNode):
             node.heritage = None
-
-
-class Owner(NamedTuple):
-    """Whose everything is shown as; None for the real owner."""
-
-    uid: int | None
-    gid: int | None
-
-
-def _or_keep(value: int | None) -> int:
-    return -1 if value is None else value
 
 
 def _or_omit(value: int | None) -> int:

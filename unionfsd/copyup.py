@@ -7,7 +7,7 @@ Rules this file obeys:
 - Ancestors by a loop, after the data is staged: a copy-up that runs out of space leaves no empty directories.
 - Everything comes along or the copy-up fails: data with its holes, owner, mode, times, xattrs, ACLs, capabilities.
   What the upper cannot keep and nobody's security depends on is left out, and counted.
-- Data is on disk before its name is, unless the mount is volatile.
+- Data is on disk before its name is, unless the mount never syncs.
 - With metacopy, what is done to a file but to its data copies up no data, but a file with a hole and a mark. The data
   follows when it is needed: a file with one name is replaced by a whole one in one call, one with several is filled and
   then loses the mark.
@@ -25,7 +25,7 @@ from functools import partial
 from typing import Final
 
 from . import format as fmt
-from . import syscalls, verity
+from . import owners, protection, syscalls, verity
 from .events import Events
 from .fdcache import FdCache
 from .filecopy import copy_data
@@ -33,6 +33,7 @@ from .index import Index
 from .inodes import UPPER, DirNode, Entry, Node, OpenState, Source, path_of
 from .layers import LowerDir, exists, optional_xattr, read_data_marks, xattr_names
 from .lookup import Resolver
+from .metadata import Keeping, Metadata, apply_metadata, read_metadata
 from .metrics import Counters
 from .steps import Blocking, Gate, Op
 from .syscalls import UTIME_NOW, UTIME_OMIT, Fd
@@ -53,6 +54,7 @@ class CopyUp:
         work: Workdir,
         fds: FdCache,
         counters: Counters,
+        keeping: Keeping,
         events: Events | None = None,
         *,
         metacopy: bool = False,
@@ -65,6 +67,7 @@ class CopyUp:
         self._work = work
         self._fds = fds
         self._counters = counters
+        self.keeping = keeping
         self._events = Events() if events is None else events
 
     def directory(self, node: DirNode) -> int:
@@ -107,8 +110,9 @@ class CopyUp:
         source = lower.open(self._fds)
         staged = self._work.stage_dir(0o700)
         try:
-            metadata = read_metadata(source)
-            apply_metadata(staged.fd.fd, metadata)
+            metadata = self._metadata(source, lower)
+            apply_metadata(staged.fd.fd, metadata, self.keeping)
+            protection.carry_object(source, staged.fd.fd, self._work)
             self._record_origin(staged.fd.fd, lower, source, b"")
             self._publish(staged, node)
         except BaseException:
@@ -116,10 +120,19 @@ class CopyUp:
             raise
         self._fds.admit(node.handle, staged.fd)
 
+    def _metadata(self, fd: int, lower: LowerDir) -> Metadata:
+        """Metadata as the upper is to have them."""
+        metadata = read_metadata(fd, lower.layer.override)
+        if not lower.layer.idmapped:
+            return metadata
+        owners = self.keeping.owners
+        xattrs = {name: owners.keep_xattr(name, value) for name, value in metadata.xattrs.items()}
+        return Metadata(owners.keep(metadata.st), xattrs)
+
     def _leaf(self, node: Node, size: int | None, *, data: bool) -> Op[None]:
         lower = node.entry.lowers[0]
         with syscalls.open_object(lower.open(self._fds), _below(node)) as source:
-            metadata = read_metadata(source.fd)
+            metadata = self._metadata(source.fd, lower)
             if not stat.S_ISREG(metadata.st.st_mode):
                 self._special(node, lower, source, metadata)
                 return
@@ -140,7 +153,8 @@ class CopyUp:
             indexed = self._record_leaf_origin(staged.fd.fd, lower, node)
             self._work.mark(staged.fd.fd, fmt.METACOPY, fmt.encode_metacopy(digest))
             syscalls.truncate(staged.fd.fd, metadata.st.st_size)
-            apply_metadata(staged.fd.fd, metadata)
+            apply_metadata(staged.fd.fd, metadata, self.keeping)
+            protection.carry_object(object_.fd, staged.fd.fd, self._work)
             self._finish(node, staged, metadata.st.st_nlink if indexed else None)
         except BaseException:
             staged.abandon()
@@ -164,10 +178,12 @@ class CopyUp:
         mode, rdev = metadata.st.st_mode, metadata.st.st_rdev
         if stat.S_ISLNK(mode):
             staged = self._work.stage_symlink(syscalls.readlink(source.fd))
+        elif owners.is_file_on_disk(mode, self.keeping.form):
+            staged = self._work.stage_file(0o600)
         else:
             staged = self._work.stage_node(mode, rdev)
         try:
-            apply_metadata(staged.fd.fd, metadata)
+            apply_metadata(staged.fd.fd, metadata, self.keeping)
             indexed = self._record_leaf_origin(staged.fd.fd, lower, node)
             self._finish(node, staged, metadata.st.st_nlink if indexed else None)
         except BaseException:
@@ -178,14 +194,15 @@ class CopyUp:
         state = node.state()
         gate = state.gate = Gate()
         try:
-            source = lower.layer.open_data(lower.open(self._fds), _below(node))
-            elsewhere = self._resolver.locate(node, source.fd)
+            own = source = lower.layer.open_data(lower.open(self._fds), _below(node))
+            elsewhere = self._resolver.locate(node, own.fd)
             if elsewhere is not None:
                 source = elsewhere.open(self._fds)
             staged = self._work.stage_file(0o600)
             try:
+                protection.carry(own.fd, staged.fd.fd, self._work)
                 indexed = self._record_leaf_origin(staged.fd.fd, lower, node)
-                fill = partial(_fill, staged.fd, source, elsewhere, metadata, size, sync=not self._work.volatile)
+                fill = partial(_fill, staged.fd, source, elsewhere, metadata, size, self.keeping, sync=self._work.syncs)
                 yield from self._run(fill, metadata.st.st_size, node, staged.fd)
                 # The gate kept the node a lower one; names and parents are looked at only from here on.
                 self._finish(node, staged, metadata.st.st_nlink if indexed else None)
@@ -221,7 +238,7 @@ class CopyUp:
         staged = self._work.stage_file(0o600)
         try:
             length = self._resolver.stat(node).st_size if size is None else size
-            fill = partial(_fill_data, staged.fd, source.open(self._fds), source, length, sync=not self._work.volatile)
+            fill = partial(_fill_data, staged.fd, source.open(self._fds), source, length, sync=self._work.syncs)
             yield from self._run(fill, length, node, staged.fd)
             # Meanwhile its attributes may have changed, and its names.
             if not self._is_alone(node):
@@ -229,7 +246,8 @@ class CopyUp:
                 return
             with self._resolver.open_object(node) as old:
                 self._keep_origin(staged.fd.fd, old.fd)
-                apply_metadata(staged.fd.fd, read_metadata(old.fd))
+                apply_metadata(staged.fd.fd, read_metadata(old.fd, self.keeping.form), self.keeping)
+                protection.keep(old.fd, staged.fd.fd, self._work)
             if size is not None:
                 syscalls.utimens(staged.fd.fd, UTIME_OMIT, UTIME_NOW)
             assert node.parent is not None
@@ -254,11 +272,12 @@ class CopyUp:
         """Give a file that has several names, or none, its data, and then take the mark away: that publishes it."""
         with self._resolver.open_object(node) as found:
             target = syscalls.reopen(found.fd, os.O_RDWR)
-        before = read_metadata(target.fd)
-        length, sync = before.st.st_size, not self._work.volatile
+        form = self.keeping.form
+        before = read_metadata(target.fd, form)
+        length, sync = before.st.st_size, self._work.syncs
         fill = partial(_fill_data, target, source.open(self._fds), source, length, sync=sync)
         yield from self._run(fill, length, node, target)
-        _restore_privileges(target.fd, before)
+        _restore_privileges(target.fd, before, form)
         syscalls.utimens(target.fd, before.st.st_atime_ns, before.st.st_mtime_ns)
         for name in xattr_names(target.fd):
             if name in fmt.METACOPY_NAMES:
@@ -268,7 +287,7 @@ class CopyUp:
         state.writable = True
 
     def _run(self, fill: Callable[[], int], size: int, node: Node, target: Fd) -> Op[None]:
-        if self._work.volatile and size <= _INLINE:
+        if not self._work.syncs and size <= _INLINE:
             self._counters.copied_bytes += fill()
         else:
             with self._counters.working("copy-up", path_of(node), size, partial(_size, target)):
@@ -384,63 +403,31 @@ def _below(node: Node) -> bytes:
     return node.entry.name or node.name
 
 
-class Metadata:
-    """Everything but the data of an object; immutable. `xattrs` are those that go along, by name."""
-
-    __slots__ = ("st", "xattrs")
-
-    def __init__(self, st: os.stat_result, xattrs: dict[bytes, bytes]) -> None:
-        self.st = st
-        self.xattrs = xattrs
-
-
-def read_metadata(fd: int) -> Metadata:
-    """Metadata of the object `fd` (O_PATH allowed) without the format's own xattrs."""
-    names = [name for name in xattr_names(fd) if not fmt.is_internal(name)]
-    return Metadata(os.fstat(fd), {name: syscalls.getxattr(fd, name) for name in names})
-
-
-def apply_metadata(fd: int, metadata: Metadata) -> None:
-    """Give the object `fd` (O_PATH allowed) all of `metadata`.
-
-    The order matters: chown drops capabilities and the suid bit, and everything moves the times.
-    """
-    st = metadata.st
-    own = os.fstat(fd)
-    if (own.st_uid, own.st_gid) != (st.st_uid, st.st_gid):
-        syscalls.chown(fd, st.st_uid, st.st_gid)
-    for name, value in metadata.xattrs.items():
-        _copy_xattr(fd, name, value)
-    if not stat.S_ISLNK(st.st_mode):
-        syscalls.chmod(fd, stat.S_IMODE(st.st_mode))
-    syscalls.utimens(fd, st.st_atime_ns, st.st_mtime_ns)
-
-
-def _copy_xattr(fd: int, name: bytes, value: bytes) -> None:
-    try:
-        syscalls.setxattr(fd, name, value)
-    except OSError as exc:
-        if exc.errno != errno.EOPNOTSUPP or name.startswith(b"security.") or name in (fmt.ACL_ACCESS, fmt.ACL_DEFAULT):
-            raise
-        log.debug("copy-up: the upper keeps no xattr %s", os.fsdecode(name))
-
-
 def _size(fd: Fd) -> int:
     """How far a copy into the file is: it grows."""
     return os.fstat(fd.fd).st_size
 
 
-def _fill(target: Fd, source: Fd, elsewhere: Source | None, metadata: Metadata, size: int | None, *, sync: bool) -> int:
+def _fill(
+    target: Fd,
+    source: Fd,
+    elsewhere: Source | None,
+    metadata: Metadata,
+    size: int | None,
+    keeping: Keeping,
+    *,
+    sync: bool,
+) -> int:
     """Give `target` the data of `source` and `metadata`; returns the bytes copied. Runs in a thread.
 
     `elsewhere`: where `source` is, if that is not the object that `metadata` is of.
     """
     length = metadata.st.st_size if size is None else min(size, metadata.st.st_size)
     if elsewhere is None:
-        copied = copy_data(source.fd, target.fd, length, metadata.st)
+        copied = copy_data(source.fd, target.fd, length, os.fstat(source.fd))
     else:
         copied = _fill_data(target, source, elsewhere, length, sync=False)
-    apply_metadata(target.fd, metadata)
+    apply_metadata(target.fd, metadata, keeping)
     if size is not None:
         syscalls.utimens(target.fd, metadata.st.st_atime_ns, UTIME_NOW)
     if sync:
@@ -461,11 +448,13 @@ def _fill_data(target: Fd, source: Fd, where: Source, length: int, *, sync: bool
     return copied
 
 
-def _restore_privileges(fd: int, before: Metadata) -> None:
+def _restore_privileges(fd: int, before: Metadata, form: fmt.OverrideForm | None) -> None:
     """Give a file back what writing to it took away."""
     capability = before.xattrs.get(fmt.CAPABILITY)
     if capability is not None:
-        syscalls.setxattr(fd, fmt.CAPABILITY, capability)
+        syscalls.setxattr(fd, fmt.name_in_layer(fmt.CAPABILITY, form), capability)
+    if form is not None:
+        return
     lost = stat.S_IMODE(before.st.st_mode) & ~os.fstat(fd).st_mode & (stat.S_ISUID | stat.S_ISGID)
     if lost:
         syscalls.chmod(fd, stat.S_IMODE(before.st.st_mode))

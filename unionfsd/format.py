@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import struct
 import sys
@@ -30,6 +31,8 @@ WHITEOUT: Final = b"whiteout"
 ORIGIN: Final = b"origin"
 IMPURE: Final = b"impure"
 REDIRECT: Final = b"redirect"
+UUID: Final = b"uuid"
+PROTATTR: Final = b"protattr"
 METACOPY: Final = b"metacopy"
 NLINK: Final = b"nlink"
 UPPER: Final = b"upper"
@@ -248,3 +251,88 @@ def decode_origin(value: bytes) -> Origin | None:
     if not flags & _ORIGIN_ANY_ENDIAN and flags & _ORIGIN_BIG_ENDIAN != _CPU_ENDIAN:
         return None
     return Origin(kind, value[_ORIGIN_HEAD.size :], uuid)
+
+
+class OverrideForm(NamedTuple):
+    """A way to keep owner and mode in an xattr, for layers whose file system or user cannot: fuse-overlayfs's.
+
+    `name`: the xattr. `user`: for who may set ``user.`` xattrs only: ``security.`` ones are kept under other names, and
+    objects that can have no ``user.`` xattrs are kept as empty files.
+    """
+
+    name: bytes
+    user: bool
+
+
+OVERRIDE_PRIVILEGED: Final = OverrideForm(b"security.fuseoverlayfs.override_stat", user=False)
+OVERRIDE_CONTAINERS: Final = OverrideForm(b"user.containers.override_stat", user=True)
+OVERRIDE_LEGACY: Final = OverrideForm(b"user.fuseoverlayfs.override_stat", user=False)
+#: A layer is of the first of these that its root bears, as fuse-overlayfs and containers/storage have it.
+OVERRIDE_FORMS: Final = (OVERRIDE_PRIVILEGED, OVERRIDE_CONTAINERS, OVERRIDE_LEGACY)
+
+_SECURITY: Final = b"security."
+_OVERRIDE_SECURITY: Final = b"user.containers.override_security."
+
+
+def name_in_layer(name: bytes, form: OverrideForm | None) -> bytes:
+    """The name under which a layer of `form` keeps what users of the mount call `name`."""
+    if form is not None and form.user and name.startswith(_SECURITY):
+        return _OVERRIDE_SECURITY + name[len(_SECURITY) :]
+    return escape(name)
+
+
+def name_in_mount(name: bytes, form: OverrideForm | None) -> bytes | None:
+    """What users of the mount call the xattr `name` of a layer of `form`; None for one that is not theirs."""
+    if form is not None and form.user:
+        if name.startswith(_OVERRIDE_SECURITY):
+            return _SECURITY + name[len(_OVERRIDE_SECURITY) :]
+        if name.startswith(_SECURITY):
+            return None
+    return None if is_internal(name) else unescape(name)
+
+
+class Override(NamedTuple):
+    """Owner and mode of an object as an override xattr has them; `mode` with its type, `rdev` of device nodes."""
+
+    uid: int
+    gid: int
+    mode: int
+    rdev: int = 0
+
+    def encode(self) -> bytes:
+        """The value of the xattr: ``UID:GID:MODE:TYPE``, MODE octal."""
+        kind = _OVERRIDE_TYPES[stat.S_IFMT(self.mode)]
+        if stat.S_ISCHR(self.mode) or stat.S_ISBLK(self.mode):
+            kind += b"-%d-%d" % (os.major(self.rdev), os.minor(self.rdev))
+        return b"%d:%d:%04o:%s" % (self.uid, self.gid, stat.S_IMODE(self.mode), kind)
+
+
+_OVERRIDE_TYPES: Final = {
+    stat.S_IFREG: b"file",
+    stat.S_IFDIR: b"dir",
+    stat.S_IFLNK: b"symlink",
+    stat.S_IFIFO: b"pipe",
+    stat.S_IFSOCK: b"socket",
+    stat.S_IFBLK: b"block",
+    stat.S_IFCHR: b"char",
+}
+#: fuse-overlayfs 1.x writes no type, 2.0 reads ``char1:3``, containers/storage has ``char-1-3``.
+_OVERRIDE: Final = re.compile(rb"(\d+):(\d+):([0-7]+)(?::([a-z]+)(?:-?(\d+)[-:](\d+))?.*)?", re.DOTALL)
+
+
+def decode_override(value: bytes, kind: int) -> Override:
+    """Decode an override xattr of an object that on disk is of the type `kind` (S_IFMT); EINVAL for a damaged one.
+
+    Only an empty-handed regular file can be said to be something else: a device node, a FIFO or a socket.
+    """
+    match = _OVERRIDE.fullmatch(value)
+    if match is None or max(int(match[1]), int(match[2])) >= 0xFFFFFFFF:
+        raise OSError(errno.EINVAL, "invalid owner in a layer", os.fsdecode(value))
+    said = next((mode for mode, word in _OVERRIDE_TYPES.items() if word == match[4]), kind)
+    if kind != stat.S_IFREG or said in (stat.S_IFDIR, stat.S_IFLNK):
+        said = kind
+    device = said in (stat.S_IFBLK, stat.S_IFCHR)
+    if device and match[5] is None:
+        raise OSError(errno.EINVAL, "invalid device in a layer", os.fsdecode(value))
+    rdev = os.makedev(int(match[5]), int(match[6])) if device else 0
+    return Override(int(match[1]), int(match[2]), said | stat.S_IMODE(int(match[3], 8)), rdev)

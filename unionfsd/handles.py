@@ -16,32 +16,46 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final, TypeAlias
 
-from . import syscalls, verity
+from . import protection, syscalls, verity
 from .copyup import CopyUp
 from .fdcache import FdCache
+from .guard import Guard
 from .inodes import DirNode, Node, NodeTable, OpenState
 from .lookup import Resolver
+from .protection import APPEND, IMMUTABLE
 from .steps import Blocking, Op
 from .syscalls import UTIME_OMIT, Fd
+from .workdir import Workdir
 
 #: Writes up to this size go to the page cache without a thread.
 _INLINE_WRITE: Final = 256 * 1024
+_KEEP_SIZE: Final = 1  # FALLOC_FL_KEEP_SIZE
 SyncCall: TypeAlias = Callable[[int], None]
 
 _WOULD_BLOCK: Final = {errno.EAGAIN, errno.EOPNOTSUPP}
 
 
 class Handles:
-    """The data of one mount's files. `copy_up` is None when nothing can be written; `volatile`: never sync."""
+    """The data of one mount's files. `copy_up` is None when nothing can be written; `syncs`: whether fsync does."""
 
     def __init__(
-        self, resolver: Resolver, table: NodeTable, fds: FdCache, copy_up: CopyUp | None, *, volatile: bool
+        self,
+        resolver: Resolver,
+        table: NodeTable,
+        fds: FdCache,
+        copy_up: CopyUp | None,
+        guard: Guard,
+        work: Workdir | None,
+        *,
+        syncs: bool,
     ) -> None:
         self._resolver = resolver
         self._table = table
         self._fds = fds
         self._copy_up = copy_up
-        self._volatile = volatile
+        self._syncs = syncs
+        self._guard = guard
+        self._work = work
 
     # Descriptors.
 
@@ -94,6 +108,12 @@ class Handles:
         """The O_RDWR descriptor of a regular file, copied up first if need be: of its data only `size` bytes then."""
         if self._copy_up is None:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        state = node.state()
+        if state.fd is None or not state.writable:
+            guarded = self._guard.of(node)
+            if guarded & IMMUTABLE:
+                raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+            state.append = bool(guarded & APPEND)
         while True:
             if not node.entry.upper:
                 yield from self._copy_up.node(node, size)
@@ -155,6 +175,8 @@ class Handles:
         """Write all of `data` at byte `offset`; returns its length, less only when the space ran out on the way."""
         fd = yield from self.writable(node)
         view = memoryview(data)
+        if node.open is not None and node.open.append and offset < os.fstat(fd.fd).st_size:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
         if len(view) <= _INLINE_WRITE:
             return _write_all(fd, view, offset)
         done: int = yield Blocking(partial(_write_all, fd, view, offset))
@@ -183,8 +205,8 @@ class Handles:
         yield from ()
 
     def fsync(self, node: Node, datasync: bool) -> Op[None]:
-        """Put a regular file or a directory on disk; nothing to do for what is only in a lower, or when volatile."""
-        if self._volatile or not node.entry.upper:
+        """Put a regular file or a directory on disk; nothing to do for what is only in a lower, or never synced."""
+        if not self._syncs or not node.entry.upper:
             return
         sync = syscalls.fdatasync if datasync else syscalls.fsync
         if isinstance(node, DirNode):
@@ -198,6 +220,8 @@ class Handles:
     def fallocate(self, node: Node, mode: int, offset: int, length: int) -> Op[None]:
         """fallocate(2) with every mode that the upper has."""
         fd = yield from self.writable(node)
+        if node.open is not None and node.open.append and mode & ~_KEEP_SIZE:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
         yield Blocking(partial(_fallocate, fd, mode, offset, length))
 
     def lseek(self, node: Node, offset: int, whence: int) -> Op[int]:
@@ -210,6 +234,7 @@ class Handles:
 
         An upper file is O_RDWR, whatever it is opened for: all opens of a node must have the same. A lower one is given
         away only where nothing can be written: elsewhere a copy-up could not take it back (docs/performance.md).
+        One that is append-only is not: the kernel would not keep to its end.
         """
         state = node.state()
         if not node.entry.upper:
@@ -218,11 +243,12 @@ class Handles:
             if state.fd is None:
                 self._admit(state, self._open(node, state, write=False))
         elif state.fd is None or not state.writable:
+            state.append = bool(self._guard.of(node) & APPEND)
             fd = self._open(node, state, write=True)
             if node.entry.data is not None:
                 return None
             self._admit(state, fd, writable=True)
-        return state.fd
+        return None if state.append else state.fd
 
     def ioctl(self, node: Node, command: int, data: bytes) -> Op[bytes]:
         """One of the inode flag ioctls with its argument `data`; returns what it answers. ENOTTY for all others.
@@ -231,12 +257,24 @@ class Handles:
         """
         if command not in syscalls.FLAG_IOCTLS:
             raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
-        if command in syscalls.FLAG_CHANGES:
+        changes = command in syscalls.FLAG_CHANGES
+        if changes:
             if self._copy_up is None:
                 raise OSError(errno.EROFS, os.strerror(errno.EROFS))
             yield from self._copy_up.node(node)
+        guarded = 0 if changes else self._guard.of(node)
         with self._resolver.open_object(node) as found, syscalls.reopen(found.fd, os.O_RDONLY | os.O_NONBLOCK) as fd:
-            return syscalls.flag_ioctl(fd.fd, command, data)
+            answer = protection.ioctl(fd.fd, command, data, guarded, self._work)
+        if changes:
+            self._forget_protection(node)
+        return answer
+
+    def _forget_protection(self, node: Node) -> None:
+        """What protects the node may have changed: who writes next is asked again."""
+        if isinstance(node, DirNode):
+            node.protection = None
+        elif node.open is not None and node.open.writable:
+            self._fds.forget(node.open)
 
     def copy_file_range(self, source: Node, offset: int, target: Node, target_offset: int, length: int) -> Op[int]:
         """copy_file_range(2) between two files of the mount; EXDEV where the layers' file systems cannot."""

@@ -122,15 +122,17 @@ class OpenState(Holder):
     """Descriptors of a node that is not a directory; the cached one (`fd`) is for its data.
 
     `writable`: `fd` is O_RDWR and of the upper. `opens`: how often the kernel has it open, where it says so.
-    `orphan`: O_PATH fd of an upper object without a name. `gate`: its copy-up is under way until it opens.
-    `arriving`: writes from the kernel's cache that are under way; `mtime_ns`: what they must not change.
+    `append`: it may be written at its end only. `orphan`: O_PATH fd of an upper object without a name. `gate`: its
+    copy-up is under way until it opens. `arriving`: writes from the kernel's cache that are under way; `mtime_ns`: what
+    they must not change.
     """
 
-    __slots__ = ("arriving", "gate", "mtime_ns", "opens", "orphan", "writable")
+    __slots__ = ("append", "arriving", "gate", "mtime_ns", "opens", "orphan", "writable")
 
     def __init__(self) -> None:
         super().__init__()
         self.writable = False
+        self.append = False
         self.opens = 0
         self.orphan: Fd | None = None
         self.gate: Gate | None = None
@@ -161,6 +163,7 @@ class DirNode(Node):
         "leaves",
         "lower_names",
         "probes",
+        "protection",
         "snapshot",
         "xwhiteouts",
     )
@@ -180,6 +183,8 @@ class DirNode(Node):
         #: Whether the upper directory may hold xattr whiteouts, and whether it is marked impure; None until read.
         self.xwhiteouts: bool | None = None
         self.impure: bool | None = None
+        #: IMMUTABLE and APPEND of `protection`, None until they were read.
+        self.protection: int | None = None
         #: What new objects in it inherit; None until it was read, or when it may have changed.
         self.heritage: Heritage | None = None
         #: The listing that a reader is in the middle of.
@@ -197,7 +202,7 @@ class DirNode(Node):
     def doubt(self) -> None:
         """Forget whatever is cached about what the layers hold."""
         self.lower_names = self.leaves = self.hidden = self.xwhiteouts = self.impure = None
-        self.heritage = self.snapshot = None
+        self.heritage = self.snapshot = self.protection = None
         self.probes = 0
 
     def own_entry(self, entry: Entry) -> None:

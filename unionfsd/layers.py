@@ -12,26 +12,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
-import re
 import stat
-import time
 from collections.abc import Iterator
 from typing import Final, NamedTuple, Protocol
 
 from . import format as fmt
 from . import syscalls
-from .errors import BUSY, LAYER, UserError
+from .errors import LAYER, UserError
 from .fdcache import FdCache, Holder
+from .inuse import lock, refuse_kernel_mount
 from .options import MountConfig
 from .syscalls import Fd
 
 log = logging.getLogger(__name__)
-
-#: Seconds to wait for the lock of a mount that is ending: umount(8) returns before its daemon has.
-_LOCK_PATIENCE: Final = 2.0
 
 _INO_BITS: Final = 56
 #: 2**64 divided by the golden ratio (Knuth, TAOCP 6.4, multiplicative hashing).
@@ -65,7 +60,7 @@ class _OfDescriptor:
 class Layer:
     """One directory of the stack: `root` is an O_PATH fd, `path` what the user called it, `dev` its st_dev."""
 
-    __slots__ = ("_uuid", "dev", "noatime", "path", "root", "root_dir", "writable")
+    __slots__ = ("_uuid", "dev", "idmapped", "noatime", "override", "path", "root", "root_dir", "writable")
 
     def __init__(self, path: bytes, root: Fd, *, writable: bool, noatime: bool) -> None:
         self.path = path
@@ -74,6 +69,10 @@ class Layer:
         self.writable = writable
         self.noatime = noatime
         self.root_dir = LowerDir(self, None, b"")
+        #: Whether the kernel maps the ids of its mount already; looked at only where ids are mapped at all.
+        self.idmapped = False
+        #: How it keeps owners and modes; None: as its file system does.
+        self.override = _override_form(root.fd)
         self._uuid: bytes | None = None
 
     @property
@@ -132,6 +131,11 @@ class Layer:
 
     def __repr__(self) -> str:
         return f"Layer({os.fsdecode(self.path)!r})"
+
+
+def _override_form(root: int) -> fmt.OverrideForm | None:
+    present = xattr_names(root)
+    return next((form for form in fmt.OVERRIDE_FORMS if form.name in present), None)
 
 
 class LowerDir(Holder):
@@ -276,10 +280,13 @@ class LayerStack:
         self.upper = upper
         self.work = work
         self._locks = locks
+        #: Whether a layer keeps owners in xattrs.
+        self.overrides = False
         self._fsids: dict[int, int] = {}
         for layer in (upper, *lowers):
             if layer is not None:
                 self._fsid(layer.dev)
+                self.overrides |= layer.override is not None
 
     @property
     def top(self) -> Layer:
@@ -302,8 +309,8 @@ class LayerStack:
 
     def unlock(self) -> None:
         """Give up the locks on upper and work: from now on another mount may have them."""
-        for lock in self._locks:
-            lock.close()
+        for held in self._locks:
+            held.close()
 
     def close(self) -> None:
         """Close every descriptor; the locks on upper and work go with them."""
@@ -328,6 +335,21 @@ def open_stack(config: MountConfig) -> LayerStack:
         else:
             upper, work, locks = _open_writable(config.upperdir, config.workdir, config.mountpoint, opened)
             stack = LayerStack(lowers, upper, work, locks, data)
+        opened.pop_all()
+        return stack
+
+
+def open_idle(upper: bytes, lowers: tuple[bytes, ...], work: bytes | None) -> LayerStack:
+    """Open layers to look at them, and lock the upper: UserError for one that a mount has, or that is no directory."""
+    with contextlib.ExitStack() as opened:
+        st = _directory(upper, "upper")
+        lock = _locked(upper, "upper", opened)
+        refuse_kernel_mount(upper, st)
+        top = Layer(upper, opened.enter_context(_open_root(upper, "upper")), writable=True, noatime=False)
+        below = tuple(_open_lower(path, b"/", opened) for path in lowers)
+        stack = LayerStack(
+            below, top, None if work is None else opened.enter_context(_open_root(work, "work")), (lock,)
+        )
         opened.pop_all()
         return stack
 
@@ -376,8 +398,8 @@ def _open_writable(
     """The upper, the work directory, and the locks on both."""
     upper_st, work_st = _directory(upper, "upperdir"), _directory(work, "workdir")
     _check_writable_pair(upper, upper_st, work, work_st, mountpoint)
-    locks = (_lock(upper, "upperdir", opened), _lock(work, "workdir", opened))
-    _refuse_kernel_mount(upper, upper_st)
+    locks = (_locked(upper, "upperdir", opened), _locked(work, "workdir", opened))
+    refuse_kernel_mount(upper, upper_st)
     roots = [opened.enter_context(_open_root(*root)) for root in ((upper, "upperdir"), (work, "workdir"))]
     return Layer(upper, roots[0], writable=True, noatime=False), roots[1], locks
 
@@ -410,57 +432,10 @@ def _inside(path: bytes, directory: bytes) -> bool:
     return inner != outer and inner.startswith(outer.rstrip(b"/") + b"/")
 
 
-def _lock(path: bytes, what: str, opened: contextlib.ExitStack) -> Fd:
+def _locked(path: bytes, what: str, opened: contextlib.ExitStack) -> Fd:
     fd = opened.enter_context(_open_root(path, what, os.O_RDONLY))
-    try:
-        _flock(fd.fd)
-    except BlockingIOError as exc:
-        raise UserError(
-            f"{what} {_show(path)} is in use by another mount", hint="unmount that first, or give another", code=BUSY
-        ) from exc
-    except OSError as exc:
-        log.warning("%s %s: cannot be locked (%s); do not mount it twice", what, _show(path), exc.strerror)
+    lock(fd, path, what)
     return fd
-
-
-def _flock(fd: int) -> None:
-    """Take the lock; BlockingIOError when it stays taken for longer than a daemon needs that was just unmounted."""
-    end = time.monotonic() + _LOCK_PATIENCE
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > end:
-                raise
-        time.sleep(0.01)
-
-
-def _refuse_kernel_mount(upper: bytes, st: os.stat_result) -> None:
-    for directory in _kernel_uppers():
-        try:
-            other = os.stat(directory)
-        except OSError:
-            continue
-        if (other.st_dev, other.st_ino) == (st.st_dev, st.st_ino):
-            raise UserError(
-                f"upperdir {_show(upper)} is in use by a kernel overlayfs mount", hint="unmount that first", code=BUSY
-            )
-
-
-def _kernel_uppers() -> Iterator[bytes]:
-    """Upper directories of the overlayfs mounts that this process can see (proc_pid_mountinfo(5))."""
-    try:
-        with open("/proc/self/mountinfo", "rb") as table:
-            lines = [line.split(b" - ", 1)[1] for line in table if b" - overlay " in line]
-    except OSError:
-        return
-    for line in lines:
-        for option in line.split(b" ")[2].strip().split(b","):
-            if option.startswith(b"upperdir="):
-                # The table escapes with octals what overlayfs had been given escaped with backslashes.
-                path = option[len(b"upperdir=") :].decode("unicode_escape").encode("latin-1")
-                yield re.sub(rb"\\(.)", rb"\1", path, flags=re.DOTALL)
 
 
 def _check_overlap(config: MountConfig) -> None:

@@ -31,7 +31,7 @@ from .fdcache import FdCache
 from .index import Index
 from .inodes import UPPER, DirNode, Entry, KeptNames, NamesKept, Node, Source
 from .layers import DataMarks, LayerStack, LowerDir, exists, optional_xattr, read_data_marks, read_marks
-from .listing import DT_DIR, Listing, LowerNames, UpperNames, merge, read_lowers, read_upper
+from .listing import DT_DIR, DT_REG, DT_UNKNOWN, Listing, LowerNames, UpperNames, merge, read_lowers, read_upper
 from .options import Verity
 from .syscalls import stat_or_none
 from .workdir import is_whiteout
@@ -481,6 +481,8 @@ class Resolver:
         upper = self._read_upper(node)
         impure = upper is not None and self.impure(node)
         for name, ino, kind in merge(upper, lowers):
+            if kind == DT_REG and self.stack.overrides:
+                kind = DT_UNKNOWN  # an empty file may stand for a device node
             if name in known:
                 yield name, known[name].ino, kind
             elif upper is not None and name in upper.names and (impure or (lowers and name in lowers)):

@@ -21,6 +21,8 @@ class MountLine(NamedTuple):
     fstype: bytes
     source: bytes
     super_options: bytes
+    options: bytes = b""
+    """Those of this mount alone, joined by commas."""
 
 
 def read(table: bytes | None = None) -> Iterator[MountLine]:
@@ -30,11 +32,12 @@ def read(table: bytes | None = None) -> Iterator[MountLine]:
             table = file.read()
     for line in table.splitlines():
         head, _, tail = line.partition(b" - ")
-        mount_id, parent_id, device, root, path = head.split(b" ", 5)[:5]
+        mount_id, parent_id, device, root, path, own = head.split(b" ", 6)[:6]
         fstype, source, options = tail.split(b" ")[:3]
         major, _, minor = device.partition(b":")
         number = int(major), int(minor)
-        yield MountLine(int(mount_id), int(parent_id), number, _plain(root), _plain(path), fstype, source, options)
+        ids = int(mount_id), int(parent_id)
+        yield MountLine(*ids, number, _plain(root), _plain(path), fstype, source, options, own)
 
 
 def _plain(field: bytes) -> bytes:

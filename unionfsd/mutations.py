@@ -15,12 +15,14 @@ import os
 import stat
 from typing import NamedTuple
 
-from . import acl, syscalls
+from . import acl, owners, syscalls
 from . import format as fmt
 from .copyup import CopyUp
+from .guard import layer_of
 from .inodes import DirNode, Heritage, Node, NodeTable, child
 from .layers import optional_xattr
 from .lookup import Resolver
+from .owners import Owners
 from .places import Place, Places, fail
 from .steps import Op
 from .workdir import Staged, Workdir
@@ -38,12 +40,24 @@ class Caller(NamedTuple):
 class Mutations:
     """The operations on names of one writable mount."""
 
-    def __init__(self, resolver: Resolver, table: NodeTable, work: Workdir, copy_up: CopyUp, places: Places) -> None:
+    def __init__(
+        self,
+        resolver: Resolver,
+        table: NodeTable,
+        work: Workdir,
+        copy_up: CopyUp,
+        places: Places,
+        *,
+        noacl: bool = False,
+    ) -> None:
+        self._noacl = noacl
         self._places = places
         self._resolver = resolver
         self._table = table
         self._work = work
         self._copy_up = copy_up
+        self._owners: Owners = copy_up.keeping.owners
+        self._form = copy_up.keeping.form
 
     # New objects.
 
@@ -56,13 +70,17 @@ class Mutations:
             raise fail(errno.EPERM, name)
         place = self._places.new(parent, name)
         bits, access = self._inherit(parent, mode, caller)
-        self._own_and_publish(self._work.stage_node(bits, rdev), place, bits, access, caller)
+        if owners.is_file_on_disk(mode, self._form):
+            staged = self._work.stage_file(owners.disk_mode(bits, self._form))
+        else:
+            staged = self._work.stage_node(bits, rdev)
+        self._own_and_publish(staged, place, bits, access, caller, rdev)
 
     def create(self, parent: DirNode, name: bytes, mode: int, caller: Caller) -> syscalls.Fd:
         """Create a regular file; returns its fd, opened O_RDWR."""
         place = self._places.new(parent, name)
         bits, access = self._inherit(parent, mode, caller)
-        staged = self._work.stage_file(stat.S_IMODE(bits))
+        staged = self._work.stage_file(owners.disk_mode(bits, self._form))
         self._own_and_publish(staged, place, bits, access, caller)
         return staged.fd
 
@@ -72,7 +90,7 @@ class Mutations:
             raise fail(errno.EOPNOTSUPP)
         self._places.alive(parent)
         bits, access = self._inherit(parent, mode, caller)
-        staged = self._work.stage_file(stat.S_IMODE(bits))
+        staged = self._work.stage_file(owners.disk_mode(bits, self._form))
         self._own(staged, parent, bits, access, caller)
         return staged.fd
 
@@ -86,7 +104,7 @@ class Mutations:
         heritage = self._heritage(parent)
         if heritage.gid is not None:
             bits |= stat.S_ISGID
-        staged = self._work.stage_dir(stat.S_IMODE(bits))
+        staged = self._work.stage_dir(owners.disk_mode(bits, self._form))
         try:
             if heritage.default_acl is not None:
                 syscalls.setxattr(staged.fd.fd, fmt.ACL_DEFAULT, heritage.default_acl)
@@ -106,25 +124,33 @@ class Mutations:
     def _heritage(self, parent: DirNode) -> Heritage:
         if parent.heritage is None:
             fd = self._resolver.directory(parent)
-            st = os.fstat(fd)
+            st = owners.recorded(fd, os.fstat(fd), layer_of(self._resolver, parent).override)
             gid = st.st_gid if st.st_mode & stat.S_ISGID else None
-            parent.heritage = Heritage(gid, optional_xattr(fd, fmt.ACL_DEFAULT))
+            parent.heritage = Heritage(gid, None if self._noacl else optional_xattr(fd, fmt.ACL_DEFAULT))
         return parent.heritage
 
-    def _own(self, staged: Staged, parent: DirNode, mode: int, access: bytes | None, caller: Caller) -> None:
+    def _own(
+        self, staged: Staged, parent: DirNode, mode: int, access: bytes | None, caller: Caller, rdev: int = 0
+    ) -> None:
         """Give a staged object its owner, and then the bits that a change of owner drops."""
         heritage = self._heritage(parent)
-        gid = caller.gid if heritage.gid is None else heritage.gid
-        if (caller.uid, gid) != (os.geteuid(), os.getegid()):
-            syscalls.chown(staged.fd.fd, caller.uid, gid)
+        uid = self._owners.uid_of_maker(caller.uid)
+        gid = self._owners.gid_of_maker(caller.gid) if heritage.gid is None else heritage.gid
+        if self._form is not None:
+            owners.record(staged.fd.fd, self._form, fmt.Override(uid, gid, mode, rdev))
+            return
+        if (uid, gid) != (os.geteuid(), os.getegid()):
+            self._owners.forgive(lambda: syscalls.chown(staged.fd.fd, uid, gid))
         if access is not None:
             syscalls.setxattr(staged.fd.fd, fmt.ACL_ACCESS, access)
         if mode & (stat.S_ISUID | stat.S_ISGID) and not stat.S_ISLNK(mode):
             syscalls.chmod(staged.fd.fd, stat.S_IMODE(mode))
 
-    def _own_and_publish(self, staged: Staged, place: Place, mode: int, access: bytes | None, caller: Caller) -> None:
+    def _own_and_publish(
+        self, staged: Staged, place: Place, mode: int, access: bytes | None, caller: Caller, rdev: int = 0
+    ) -> None:
         try:
-            self._own(staged, place.parent, mode, access, caller)
+            self._own(staged, place.parent, mode, access, caller, rdev)
             self._places.publish_new(staged, place)
         except BaseException:
             staged.abandon()
@@ -201,6 +227,7 @@ class Mutations:
         """Give `node`, which is not a directory, a further name; EEXIST, EPERM."""
         if isinstance(node, DirNode):
             raise fail(errno.EPERM, name)
+        self._places.guard.change(node)
         yield from self._copy_up.node(node, data=False)
         place = self._places.new(parent, name)
         with self._resolver.open_object(node) as fd:

@@ -18,6 +18,7 @@ from typing import Final, NamedTuple
 from . import format as fmt
 from . import syscalls
 from .copyup import CopyUp
+from .guard import Guard
 from .inodes import DirNode, Entry, Node, NodeTable, child
 from .layers import read_data_marks
 from .lookup import Hit, Resolver
@@ -68,7 +69,8 @@ def lower_path(place: Place, redirect: fmt.Redirect | None) -> fmt.Redirect:
 class Places:
     """Names in the upper of one writable mount."""
 
-    def __init__(self, resolver: Resolver, work: Workdir, copy_up: CopyUp, table: NodeTable) -> None:
+    def __init__(self, resolver: Resolver, work: Workdir, copy_up: CopyUp, table: NodeTable, guard: Guard) -> None:
+        self.guard = guard
         self._table = table
         self._resolver = resolver
         self._work = work
@@ -91,6 +93,7 @@ class Places:
             raise fail(errno.ENAMETOOLONG, name)
         if self._resolver.lower_has(parent, name) and self._resolver.find(parent, name) is not None:
             raise fail(errno.EEXIST, name)
+        self.guard.add(parent)
         return Place(parent, self._copy_up.directory(parent), name)
 
     def victim(self, parent: DirNode, name: bytes) -> Hit:
@@ -98,6 +101,7 @@ class Places:
         hit = self._resolver.find(parent, name)
         if hit is None:
             raise fail(errno.ENOENT, name)
+        self.guard.take(parent, name, hit.entry, directory=stat.S_ISDIR(hit.st.st_mode))
         return hit
 
     def to_upper(self, parent: DirNode, name: bytes, hit: Hit) -> Op[None]:

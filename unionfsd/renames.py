@@ -17,9 +17,10 @@ from typing import Final
 
 from . import format as fmt
 from . import intent, syscalls
-from .copyup import CopyUp, apply_metadata, read_metadata
+from .copyup import CopyUp
 from .inodes import UPPER, DirNode, Entry, NodeTable, child
 from .lookup import Hit, Resolver
+from .metadata import apply_metadata, read_metadata
 from .places import Place, Places, fail, lower_path, path_of
 from .steps import Op
 from .syscalls import stat_or_none
@@ -52,6 +53,7 @@ class Renames:
             source = self._places.victim(parent, name)
             self._places.alive(new_parent)
             target = self._resolver.find(new_parent, new_name)
+            self._guard(new_parent, new_name, target)
             self._check_rename(source, target, new_name, flags)
             exchange = bool(flags & syscalls.RENAME_EXCHANGE)
             if not source.entry.upper:
@@ -66,6 +68,13 @@ class Renames:
             self._exchange(here, there, source, target)
         elif not self._same_object(here, there):
             self._rename(here, there, source, target)
+
+    def _guard(self, parent: DirNode, name: bytes, target: Hit | None) -> None:
+        guard = self._places.guard
+        if target is None:
+            guard.add(parent)
+        else:
+            guard.take(parent, name, target.entry, directory=stat.S_ISDIR(target.st.st_mode))
 
     def _check_rename(self, source: Hit, target: Hit | None, new_name: bytes, flags: int) -> None:
         if fmt.is_reserved(new_name):
@@ -157,12 +166,13 @@ class Renames:
                 if next(entries, None) is None:
                     return
         with self._directory_of(place, hit) as fd:
-            metadata = read_metadata(fd.fd)
+            form = self._copy_up.keeping.form if hit.entry.upper else hit.entry.lowers[0].layer.override
+            metadata = read_metadata(fd.fd, form)
         staged = self._work.stage_dir(0o700)
         try:
             if self._resolver.lower_has(place.parent, place.name):
                 self._work.mark_opaque(staged.fd.fd)
-            apply_metadata(staged.fd.fd, metadata)
+            apply_metadata(staged.fd.fd, metadata, self._copy_up.keeping)
             if hit.entry.upper:
                 staged.publish_over(place.dirfd, place.name)
             else:

@@ -360,6 +360,18 @@ _STATX_DEV_AT: Final = 0x88
 _AT_STATX_DONT_SYNC: Final = 0x4000
 
 
+_STATX_ATTRIBUTES_AT: Final = 0x08
+
+
+def attributes_at(dirfd: int, name: bytes) -> int:
+    """STATX_ATTR_* of `name` beneath `dirfd`, or with no name of `dirfd` itself: 0x10 immutable, 0x20 append-only."""
+    buf = ctypes.create_string_buffer(_STATX_SIZE)
+    flags = AT_SYMLINK_NOFOLLOW if name else AT_EMPTY_PATH
+    if _statx(dirfd, component(name) if name else b"", flags, 0, buf):
+        raise _error()
+    return int(struct.unpack_from("=Q", buf, _STATX_ATTRIBUTES_AT)[0])
+
+
 def birth_time(fd: int) -> int | None:
     """When the object `fd` (O_PATH allowed) was made, in ns since the epoch; None where that is not known."""
     buf = ctypes.create_string_buffer(_STATX_SIZE)

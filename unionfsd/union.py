@@ -20,20 +20,23 @@ from functools import partial
 from typing import Final, NamedTuple, TypedDict, TypeVar
 
 from . import intent, syscalls
-from .attributes import Attr, Attributes, Owner, SetAttr, StatLike
+from .attributes import Attr, Attributes, SetAttr
 from .copyup import CopyUp
 from .errors import LAYER, UserError
 from .events import Events
 from .fdcache import FdCache, fd_budget
+from .guard import Guard
 from .handles import Handles
 from .index import Index, open_index
 from .inodes import ROOT_ID, DirNode, Node, NodeTable, child, path_of, path_to
 from .layers import LayerStack, open_stack
 from .listing import Dirent, Listing
 from .lookup import Hit, Resolver
+from .metadata import Keeping
 from .metrics import Counters, Holdings, Statistics
 from .mutations import Caller, Mutations
 from .options import MountConfig, Verity
+from .owners import Owners, StatLike, keep_owners
 from .places import Places, fail
 from .refresh import Memory
 from .renames import Renames
@@ -81,23 +84,26 @@ class Union:
         root = self._resolver.root()
         self._readers: OrderedDict[DirNode, None] = OrderedDict()
         self._table = NodeTable(root.entry, root.ino, self._fds, self._dropped)
+        owners = Owners(config)
+        guard = Guard(self._resolver, work)
         copy_up = None
-        if work is not None:
+        if work is not None and stack.upper is not None:
             metacopy = config.metacopy == "on"
             if metacopy and not work.abilities.can_redirect:
                 log.warning("metacopy=on: the upper cannot keep what it takes, data is copied up with metadata")
             rekey = self._table.rekey
+            keeping = Keeping(owners, stack.upper.override)
             copy_up = CopyUp(
-                self._resolver, work, self._fds, self.counters, self.events, metacopy=metacopy, rekey=rekey
+                self._resolver, work, self._fds, self.counters, keeping, self.events, metacopy=metacopy, rekey=rekey
             )
         self._mutations = None
         if work is not None and copy_up is not None:
-            places = Places(self._resolver, work, copy_up, self._table)
+            places = Places(self._resolver, work, copy_up, self._table, guard)
             redirects = config.redirect_dir == "on" and work.abilities.can_redirect
-            self._mutations = Mutations(self._resolver, self._table, work, copy_up, places)
+            self._mutations = Mutations(self._resolver, self._table, work, copy_up, places, noacl=config.noacl)
             self._renames = Renames(self._resolver, self._table, work, copy_up, places, redirects=redirects)
-        self._handles = Handles(self._resolver, self._table, self._fds, copy_up, volatile=config.volatile)
-        self._attributes = Attributes(self._resolver, self._handles, copy_up, Owner(config.uid, config.gid))
+        self._handles = Handles(self._resolver, self._table, self._fds, copy_up, guard, work, syncs=config.syncs)
+        self._attributes = Attributes(self._resolver, self._handles, copy_up, owners, guard if work else None, config)
         if config.events == "on":
             self.events.listen(always=True)
 
@@ -110,6 +116,7 @@ class Union:
             if stack.work is not None and stack.upper is not None:
                 work = open_workdir(stack, config)
                 intent.recover(work, stack.upper.root.fd)
+                keep_owners(stack, config)
                 index = open_index(stack, work, config)
             return cls(stack, work, config, index)
         except OSError as exc:
@@ -442,9 +449,9 @@ class Union:
         yield from self.syncfs()
 
     def syncfs(self) -> Op[None]:
-        """Put the upper on disk, unless the mount is volatile."""
+        """Put the upper on disk, unless the mount never syncs."""
         upper = self.stack.upper
-        if upper is None or self.config.volatile:
+        if upper is None or not self.config.syncs:
             return
         with syscalls.reopen(upper.root.fd, os.O_RDONLY | os.O_DIRECTORY) as fd:
             yield Blocking(partial(syscalls.syncfs, fd.fd))

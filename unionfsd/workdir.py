@@ -19,7 +19,7 @@ from typing import Final, Literal, NamedTuple
 from . import format as fmt
 from . import syscalls
 from .errors import LAYER, UserError
-from .layers import LayerStack, exists, is_xattr_whiteout
+from .layers import LayerStack, exists, is_xattr_whiteout, optional_xattr
 from .options import MountConfig
 from .syscalls import Fd
 
@@ -99,11 +99,11 @@ class Staged:
 class Workdir:
     """The open work directory of one mount. `fd` is the number of an O_PATH fd of ``work/work``."""
 
-    def __init__(self, directory: Fd, abilities: Abilities, *, volatile: bool) -> None:
+    def __init__(self, directory: Fd, abilities: Abilities, *, syncs: bool) -> None:
         self._directory = directory
         self.fd = directory.fd
         self.abilities = abilities
-        self.volatile = volatile
+        self.syncs = syncs
         self.litter = 0
         self._counter = 0
         self._whiteout: bytes | None = None
@@ -276,11 +276,24 @@ def open_workdir(stack: LayerStack, config: MountConfig) -> Workdir:
         _own_names(directory.fd)
         _sweep(directory.fd, path)
         abilities = _probe(directory.fd, config)
+        _keep_uuid(stack.upper.root.fd, abilities.namespace, config)
     except OSError as exc:
         raise UserError(f"workdir {path}: {exc.strerror}", hint="the upper must be writable", code=LAYER) from exc
     if config.volatile:
         _mark_volatile(directory.fd)
-    return Workdir(directory, abilities, volatile=config.volatile)
+    return Workdir(directory, abilities, syncs=config.syncs)
+
+
+def _keep_uuid(root: int, namespace: bytes | None, config: MountConfig) -> None:
+    """Give the upper a UUID of its own, if that is asked for and it has none (super.c, ovl_init_uuid_xattr)."""
+    if config.uuid not in ("auto", "on"):
+        return
+    if namespace is None:
+        log.warning("uuid=%s: the upper keeps no xattrs, so it has no UUID", config.uuid)
+    elif optional_xattr(root, namespace + fmt.UUID) is None:
+        used = optional_xattr(root, namespace + fmt.IMPURE) is not None
+        if config.uuid == "on" or not used:
+            syscalls.setxattr(root, namespace + fmt.UUID, os.urandom(16))
 
 
 def _own_names(fd: int) -> list[bytes]:
@@ -357,15 +370,28 @@ def _probe(fd: int, config: MountConfig) -> Abilities:
     noreplace = _probe_rename(fd, a, b, syscalls.RENAME_NOREPLACE)
     whiteout = form == "chardev" and _probe_rename(fd, a, b, syscalls.RENAME_WHITEOUT)
     found = Abilities(namespace, form, _probe_tmpfile(fd), noreplace, exchange, whiteout)
-    _report(found)
+    _report(found, config)
     return found
 
 
-def _report(found: Abilities) -> None:
+def _report(found: Abilities, config: MountConfig) -> None:
+    """One warning for each thing that the upper lacks and nobody asked to do without."""
     if found.namespace is None:
-        log.warning("upper keeps no xattrs: opaque directories are written as .wh..wh..opq, origins are not recorded")
+        log.warning(
+            "upper keeps no xattrs: no origins, directories of a lower cannot be renamed (EXDEV), opaque ones are "
+            "written as .wh..wh..opq"
+        )
+    if config.whiteout == "auto" and found.whiteout != "chardev":
+        form = "empty files with an xattr" if found.whiteout == "xattr" else ".wh. files"
+        log.warning("upper takes no device nodes 0:0: deletions are recorded as %s", form)
+    if found.whiteout == "chardev" and not found.rename_whiteout:
+        log.warning("upper has no RENAME_WHITEOUT: after a crash in some renames only unionfsd can put it right")
     if not found.exchange:
-        log.warning("upper has no RENAME_EXCHANGE: replacing a deleted directory is refused with EXDEV")
+        log.warning("upper has no RENAME_EXCHANGE: what replaces a directory or its whiteout is refused with EXDEV")
+    if not found.noreplace:
+        log.warning("upper has no RENAME_NOREPLACE: nobody else may change it while it is mounted")
+    if not found.tmpfile:
+        log.warning("upper has no O_TMPFILE: neither has the mount")
 
 
 def _probe_namespace(fd: int, name: bytes, config: MountConfig) -> bytes | None:

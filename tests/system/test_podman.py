@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests import harness
-from tests.harness import wait_for
+from tests.harness import GROUP, USER, wait_for
 from tests.system.containers import Store
 from unionfsd import __version__
 
@@ -163,6 +163,32 @@ def test_commit_save_and_load_keep_the_changes(store: Store, changed: str) -> No
     store.podman("load", "--quiet", f"--input={store.share}/image.tar")
     assert store.podman("run", "--rm", "committed", "sh", "-c", LIST) == CHANGED
     store.podman("rmi", "committed")
+
+
+def mapped_run(store: Store, *flags: str) -> str:
+    """What a container with a user namespace of its own says of itself; no copy of the image may be made for it."""
+    links = store.root / "store" / "overlay" / "l"
+    before = len(list(links.iterdir()))
+    script = f"id -u; {LIST}; mkdir /tmp/d; echo mine >/tmp/d/mine; stat -c %u:%g /tmp/d/mine; cat /data/one"
+    said = store.podman("run", "--name=mapped", *flags, "image", "sh", "-c", script)
+    assert len(list(links.iterdir())) == before + 1, "layers besides the container's own"
+    store.podman("rm", "mapped")
+    return said
+
+
+def test_mapped_ids_take_no_copy_of_the_image(store: Store) -> None:
+    """The library asks for a mapping instead of changing the owners of a whole copy."""
+    said = mapped_run(store, "--uidmap=0:1000:60000", "--gidmap=0:1000:60000")
+    assert said == f"0\n{DATA}0:0\none\nmore\n"
+
+
+@pytest.mark.parametrize("store", ["rootless"], indirect=True)
+def test_an_ordinary_user_keeps_the_id(store: Store) -> None:
+    store.podman("run", "--name=writable", "image", "chmod", "1777", "/tmp")
+    store.podman("commit", "--quiet", "writable", "image")
+    store.podman("rm", "writable")
+    seen = DATA.replace("/data/moved/new regular file 644 5:6\n", "")  # in a directory of root's
+    assert mapped_run(store, "--userns=keep-id") == f"{USER}\n{seen}{USER}:{GROUP}\none\nmore\n"
 
 
 def test_a_volume_with_an_overlay_keeps_its_source(store: Store) -> None:

@@ -110,7 +110,7 @@ def test_strings_are_literal(names: list[str]) -> None:
 )
 def test_every_option_can_be_said(option: str) -> None:
     """No option is unknown; those that are refused say so themselves."""
-    values = ("true", '"on"', '"off"', '"auto"', "5", '"channel"')
+    values = ("true", '"on"', '"off"', '"auto"', "5", '"channel"', "0", '"0:1000:1"')
     said = []
     for value in values:
         try:

@@ -21,14 +21,16 @@ from tests.harness import Layers, MountFactory
 from tests.trees import ACCESS, CAPABILITY, DEFAULT, Tag, acl, capability
 from tests.union.trees import OLD, Obj, build, directory, read_record, regular, symlink
 from unionfsd import steps, syscalls
-from unionfsd.copyup import CopyUp, Metadata, apply_metadata, read_metadata
+from unionfsd.copyup import CopyUp
 from unionfsd.fdcache import FdCache
 from unionfsd.filecopy import copy_data
 from unionfsd.inodes import DirNode, Node, NodeTable, child
 from unionfsd.layers import open_stack
 from unionfsd.lookup import Resolver
+from unionfsd.metadata import Keeping, Metadata, apply_metadata, read_metadata
 from unionfsd.metrics import Counters
 from unionfsd.options import MountConfig
+from unionfsd.owners import Owners
 from unionfsd.steps import Blocking, Gate, Op
 from unionfsd.workdir import open_workdir
 
@@ -55,7 +57,7 @@ class Opened:
         self.table = NodeTable(root.entry, root.ino, self.fds, self.resolver.released)
         self.work = open_workdir(self.stack, config)
         self.counters = Counters()
-        self.copy_up = CopyUp(self.resolver, self.work, self.fds, self.counters)
+        self.copy_up = CopyUp(self.resolver, self.work, self.fds, self.counters, Keeping(Owners(config), None))
 
     def node(self, path: str) -> Node:
         """The node of `path`, as after lookups of each of its names."""
@@ -340,8 +342,9 @@ def test_metadata_is_read_and_applied_whole(disk: Path) -> None:
     build(os.fsencode(disk / "a"), Obj(stat.S_IFDIR, mode=0o1751, uid=3, gid=4, xattrs=((b"user.u", b"v"),)))
     (disk / "b").mkdir()
     with syscalls.Fd(os.open(disk / "a", os.O_PATH)) as a, syscalls.Fd(os.open(disk / "b", os.O_PATH)) as b:
-        metadata: Metadata = read_metadata(a.fd)
-        apply_metadata(b.fd, metadata)
+        metadata: Metadata = read_metadata(a.fd, None)
+        owners = Owners(MountConfig(lowerdirs=(), mountpoint=b"/"))
+        apply_metadata(b.fd, metadata, Keeping(owners, None))
     assert read_record(os.fsencode(disk / "a")) == read_record(os.fsencode(disk / "b"))
 
 

@@ -16,7 +16,17 @@ TABLE = rb"""21 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
 def test_lines_are_read() -> None:
     root, ours, bound, over = mountinfo.read(TABLE)
     assert (root.device, root.path, root.fstype) == ((8, 1), b"/", b"ext4")
-    assert ours == (30, 21, (0, 53), b"/", b"/mnt", b"fuse.unionfsd", b"src", b"rw,user_id=1000,group_id=0")
+    assert ours == (
+        30,
+        21,
+        (0, 53),
+        b"/",
+        b"/mnt",
+        b"fuse.unionfsd",
+        b"src",
+        b"rw,user_id=1000,group_id=0",
+        b"rw,nosuid",
+    )
     assert (bound.root, bound.path) == (b"/sub/dir", b"/mnt/a b\\c")
     assert over.mount_id == 32
 

@@ -228,6 +228,12 @@ def test_what_was_given_can_be_told_from_what_was_not() -> None:
         "fsname=",
         "redirect_dir=maybe",
         "verity=maybe",
+        "uidmapping=0:1000",
+        "uidmapping=0:a:1",
+        "gidmapping=0:4294967295:1",
+        "gidmapping=0:0:0",
+        "xattr_permissions=3",
+        "fsync=yes",
     ],
 )
 def test_a_wrong_value_refuses_the_mount(text: str) -> None:
@@ -261,21 +267,34 @@ def test_an_unknown_option_is_ignored_with_a_warning() -> None:
         "default_permissions,allow_other,nonempty,big_writes,lazytime",
         "redirect_dir=off,metacopy=off,index=off,nfs_export=off,xino=off,uuid=null,verity=off",
         "redirect_dir=nofollow,xino=on,uuid=auto",
+        "clone_fd,threaded=1,max_idle_threads=10,max_threads=4,fast_ino=1,writeback=0,noxattrs=0",  # fuse-overlayfs
     ],
 )
 def test_what_callers_add_passes_in_silence(text: str) -> None:
     assert config(text).warnings == ()
 
 
-@pytest.mark.parametrize("name", ["nfs_export", "uuid"])
+@pytest.mark.parametrize("name", ["nfs_export"])
 def test_what_overlayfs_can_and_we_cannot_yet_is_a_warning(name: str) -> None:
     (warning,) = config(f"{name}=on").warnings
     assert warning.startswith(f"{name}=on is not supported yet")
 
 
-@pytest.mark.parametrize(
-    "text", ["remount", "uidmapping=:0:1000:1", "gidmapping=0:1000:1", "squash_to_uid=1000", "xattr_permissions=2"]
-)
+def test_owners_as_fuse_overlayfs_has_them() -> None:
+    mapped = config("uidmapping=:0:1000:1:1:110000:65536,gidmapping=0:5:2,xattr_permissions=2,noacl,static_nlink")
+    assert mapped.uidmapping == ((0, 1000, 1), (1, 110000, 65536))
+    assert mapped.gidmapping == ((0, 5, 2),)
+    assert (mapped.xattr_permissions, mapped.noacl, mapped.static_nlink) == ("2", True, True)
+    squashed = config("squash_to_uid=7,squash_to_root")
+    assert (squashed.uid, squashed.gid) == (7, 0)
+
+
+def test_syncs_that_are_skipped() -> None:
+    assert [config(text).syncs for text in ("fsync=1", "fsync=0", "volatile")] == [True, False, False]
+    assert not config("fsync=0").volatile
+
+
+@pytest.mark.parametrize("text", ["remount", "plugins=/lib/plugin.so"])
 def test_what_must_not_be_ignored_is_refused(text: str) -> None:
     assert "not supported" in refused(text)
 
@@ -330,8 +349,13 @@ CHOICES = [(row, row.effect.field) for row in OPTIONS if "|" in row.argument and
 @pytest.mark.parametrize(("row", "field"), CHOICES, ids=lambda value: getattr(value, "name", ""))
 def test_a_choice_takes_what_its_usage_says(row: Option, field: str) -> None:
     for choice in row.argument.split("|"):
-        assert getattr(config(f"{row.name}={choice}"), field) == choice
-    assert getattr(config(), field) == row.default
+        assert said(getattr(config(f"{row.name}={choice}"), field)) == choice
+    assert said(getattr(config(), field)) == row.default
+
+
+def said(value: object) -> object:
+    """How a field is written as an option: a switch is 0 or 1."""
+    return str(int(value)) if isinstance(value, bool) else value
 
 
 def test_default_seconds_are_as_documented() -> None:

@@ -1,12 +1,14 @@
 """The command line of ``unionfsctl``: the table of its verbs, and from words to exit codes.
 
-=====  ==================================================================================
+=====  =====================================================================================
 0      done
-1      the mount said no: no such path, busy, or a failed system call; its words are printed
+1      the mount said no (no such path, busy, a failed system call), or doctor found problems
 2      wrong usage
+3      doctor: a layer cannot be used
+4      doctor: the upper is in use by a mount
 5      no mount of ours there, or nobody answers
 70     a defect
-=====  ==================================================================================
+=====  =====================================================================================
 """
 
 from __future__ import annotations
@@ -136,6 +138,22 @@ VERBS: Final[tuple[Verb, ...]] = (
             Argument("--listen", "serve them over HTTP, as /metrics", {"metavar": "HOST:PORT", "default": None}),
         ),
         "fleet",
+    ),
+    Verb(
+        "doctor",
+        "what is wrong with an upper that is not mounted, and other forms for it",
+        (
+            Argument("upper", "the upper directory", {}),
+            Argument("lowers", "its lowers, the top one first, to check against", {"nargs": "*", "metavar": "lower"}),
+            Argument("--work", "its work directory", {"metavar": "DIR", "default": None}),
+            Argument(
+                "--convert-to",
+                "say how its marks would become those of another form",
+                {"choices": ("kernel", "user", "fuse-overlayfs"), "default": None},
+            ),
+            Argument("--apply", "convert it", {"action": "store_true"}),
+        ),
+        "doctor",
     ),
     Verb(
         "completion",

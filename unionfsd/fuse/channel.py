@@ -493,5 +493,6 @@ def _wanted(config: MountConfig) -> negotiate.Wanted:
     return negotiate.Wanted(
         writeback=config.writeback == "on" or (config.writeback == "auto" and sole_writer and not config.read_only),
         sole_writer=sole_writer,
+        acl=not config.noacl,
         passthrough=config.io == "passthrough",
     )

@@ -62,7 +62,9 @@ async def serve(union: Union, fuse_fd: int, config: MountConfig, *, started: Cal
     # libfuse reads as soon as the descriptor was readable once. A request that its caller took back meanwhile would be
     # EAGAIN, which pyfuse3 takes for the end of the session; a blocking read waits for the next request instead.
     os.set_blocking(fuse_fd, True)
-    _open_session(_Operations(union, config.timeout, started), fuse_fd)
+    operations = _Operations(union, config.timeout, started)
+    operations.enable_acl = not config.noacl
+    _open_session(operations, fuse_fd)
     try:
         await pyfuse3.main(max_tasks=_MAX_TASKS)
     finally:

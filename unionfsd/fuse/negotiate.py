@@ -36,7 +36,6 @@ _ALWAYS: Final = (
     | InitFlag.DO_READDIRPLUS
     | InitFlag.ASYNC_DIO
     | InitFlag.PARALLEL_DIROPS
-    | InitFlag.POSIX_ACL
     | InitFlag.ABORT_ERROR
     | InitFlag.MAX_PAGES
     | InitFlag.CACHE_SYMLINKS
@@ -55,6 +54,8 @@ class Wanted(NamedTuple):
     """Writes gather in the page cache and arrive late; size and times are then the kernel's to say."""
     sole_writer: bool
     """Nothing changes behind the mount: cached data stay valid until this side says otherwise."""
+    acl: bool
+    """POSIX ACLs count."""
     passthrough: bool
     """The kernel reads and writes files itself, if it can. Opens are then sent; else they are declined, once."""
 
@@ -112,6 +113,8 @@ def other_major() -> bytes:
 def _wishes(wanted: Wanted) -> InitFlag:
     flags = _ALWAYS
     flags |= InitFlag.EXPLICIT_INVAL_DATA if wanted.sole_writer else InitFlag.AUTO_INVAL_DATA
+    if wanted.acl:
+        flags |= InitFlag.POSIX_ACL
     if wanted.writeback:
         flags |= InitFlag.WRITEBACK_CACHE
     if wanted.passthrough:

@@ -21,10 +21,15 @@ from unionfsd.options.text import split_options, unquote
 
 Whiteout = Literal["auto", "chardev", "xattr", "wh"]
 RedirectDir = Literal["on", "follow", "nofollow", "off"]
+Uuid = Literal["null", "off", "auto", "on"]
 Verity = Literal["off", "on", "require"]
 Transport = Literal["auto", "channel", "pyfuse3"]
 Io = Literal["auto", "cached", "passthrough"]
 Switch = Literal["on", "off"]
+XattrPermissions = Literal["0", "1", "2"]
+
+IdTriples = tuple[tuple[int, int, int], ...]
+"""Runs of ids: the first on disk, the first in the mount, how many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,10 +52,15 @@ class MountConfig:
     ro: bool = False
     """Asked for. A union with no upper is read-only without it, see `read_only`."""
     volatile: bool = False
+    """Nothing is synced, and the work directory says so from then on."""
+    fsync: bool = True
+    """False: nothing is synced."""
     whiteout: Whiteout = "auto"
     userxattr: bool | None = None
     """user.* instead of trusted.* for internal xattrs; None leaves it to what the layers allow."""
     redirect_dir: RedirectDir = "on"
+    uuid: Uuid = "null"
+    """Whether the upper gets a UUID of its own."""
     metacopy: Switch = "off"
     verity: Verity = "off"
     index: Literal["auto", "on", "off"] = "auto"
@@ -59,6 +69,14 @@ class MountConfig:
     uid: int | None = None
     """Everything is shown as owned by this user, whatever the layers say."""
     gid: int | None = None
+    uidmapping: IdTriples | None = None
+    gidmapping: IdTriples | None = None
+    xattr_permissions: XattrPermissions = "0"
+    """Whether and in which xattr the upper keeps owners and modes; its root may say so itself."""
+    noacl: bool = False
+    noxattrs: bool = False
+    static_nlink: bool = False
+    """Directories have a link count of 1."""
     allow_other: bool = False
     mount_flags: int = 0
     """MS_* of mount(2), without MS_RDONLY."""
@@ -79,6 +97,11 @@ class MountConfig:
     """Names of the options that were given, so that a default can be told from a wish."""
     warnings: tuple[str, ...] = ()
     """One line each, for people: what was ignored, and why."""
+
+    @property
+    def syncs(self) -> bool:
+        """Whether what is written is put on disk when somebody asks."""
+        return self.fsync and not self.volatile
 
     @property
     def read_only(self) -> bool:

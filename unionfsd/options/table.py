@@ -12,7 +12,18 @@ from typing import Any, Final
 
 from unionfsd import syscalls
 from unionfsd.errors import UserError
-from unionfsd.options.text import one_of, read_control, read_id, read_lowers, read_path, read_seconds, read_text
+from unionfsd.options.text import (
+    one_of,
+    read_control,
+    read_id,
+    read_lowers,
+    read_mapping,
+    read_path,
+    read_seconds,
+    read_switch,
+    read_text,
+    read_writeback,
+)
 
 FOREVER: Final = 1e9
 """Seconds (31 years) that a kernel may cache what only this mount changes; what fuse-overlayfs gives, too."""
@@ -75,6 +86,15 @@ class Word:
 
 
 @dataclass(frozen=True, slots=True)
+class SquashToRoot:
+    """The option is a word for uid 0 and gid 0, where nothing more exact is said about one of them."""
+
+    def apply(self, draft: Draft, name: str, text: str) -> None:
+        for field in ("uid", "gid"):
+            draft.fields.setdefault(field, 0)
+
+
+@dataclass(frozen=True, slots=True)
 class Flag:
     """The option is a word that sets and clears MS_* bits."""
 
@@ -125,7 +145,7 @@ class Refused:
         raise UserError(f"option {name}: not supported", hint=self.hint)
 
 
-Effect = Value | Lowers | AddLower | Word | Flag | Security | Nothing | Later | Refused
+Effect = Value | Lowers | AddLower | Word | SquashToRoot | Flag | Security | Nothing | Later | Refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +166,6 @@ class Option:
 
 _ATIME: Final = syscalls.MS_NOATIME | syscalls.MS_RELATIME | syscalls.MS_STRICTATIME
 _IGNORED: Final = "Accepted, without effect."
-_UNMAPPED: Final = "without it files would show wrong owners or modes; remove the option to go on regardless"
 
 GROUPS: Final[tuple[tuple[str, tuple[Option, ...]], ...]] = (
     (
@@ -191,6 +210,13 @@ GROUPS: Final[tuple[tuple[str, tuple[Option, ...]], ...]] = (
                 "Skip every sync of the upper: faster, and after a crash of the machine the upper must be thrown away.",
             ),
             Option(
+                "fsync",
+                Value("fsync", read_switch),
+                "`0`: skip every sync of the upper, like `volatile`, but leave no mark that it was so.",
+                "0|1",
+                "1",
+            ),
+            Option(
                 "whiteout",
                 Value("whiteout", one_of("auto", "chardev", "xattr", "wh")),
                 "How a deletion is recorded in the upper: a 0:0 character device, an xattr on an empty file, or an "
@@ -226,6 +252,48 @@ GROUPS: Final[tuple[tuple[str, tuple[Option, ...]], ...]] = (
             ),
             Option("uid", Value("uid", read_id), "Show everything as owned by this user.", "ID"),
             Option("gid", Value("gid", read_id), "Show everything as owned by this group.", "ID"),
+            Option("squash_to_uid", Value("uid", read_id), "The same as `uid`.", "ID"),
+            Option("squash_to_gid", Value("gid", read_id), "The same as `gid`.", "ID"),
+            Option(
+                "squash_to_root",
+                SquashToRoot(),
+                "Show everything as owned by root, unless `uid` or `gid` say otherwise. With any of these, changes "
+                "of owner that the upper refuses succeed.",
+            ),
+            Option(
+                "uidmapping",
+                Value("uidmapping", read_mapping),
+                "Show user ids from CONTAINER on as those from HOST on, COUNT of them, and keep them the other way "
+                "round. Others are shown as the overflow id (65534), and nothing can be given to them (EINVAL).",
+                "CONTAINER:HOST:COUNT[:...]",
+            ),
+            Option(
+                "gidmapping",
+                Value("gidmapping", read_mapping),
+                "The same for group ids.",
+                "CONTAINER:HOST:COUNT[:...]",
+            ),
+            Option(
+                "xattr_permissions",
+                Value("xattr_permissions", one_of("0", "1", "2")),
+                "Keep owners and modes of the upper in an xattr: `1` in `security.fuseoverlayfs.override_stat`, `2` in "
+                "`user.containers.override_stat`. Layers whose root bears one of these are understood without it.",
+                "0|1|2",
+                "0",
+            ),
+            Option("noacl", Word("noacl", True), "No access control lists: those of the layers do not count."),
+            Option(
+                "noxattrs",
+                Value("noxattrs", read_switch),
+                "Show and take no extended attributes.",
+                "0|1",
+                "0",
+            ),
+            Option(
+                "static_nlink",
+                Word("static_nlink", True),
+                "Every directory has a link count of 1, not only those that are merged.",
+            ),
             Option(
                 "suid",
                 Flag(off=syscalls.MS_NOSUID),
@@ -301,11 +369,11 @@ GROUPS: Final[tuple[tuple[str, tuple[Option, ...]], ...]] = (
             ),
             Option(
                 "writeback",
-                Value("writeback", one_of("auto", "on", "off")),
+                Value("writeback", read_writeback),
                 "Whether the kernel gathers what is written and hands it over later, at close, at fsync or after some "
                 "seconds: many small writes are then one. A write that finds no space fails there, and not in the "
                 "write. `auto` is on, unless `timeout` says that the layers change underneath. Not with "
-                "`io=passthrough`, nor over pyfuse3.",
+                "`io=passthrough`, nor over pyfuse3. `1` and `0` are taken, too.",
                 "auto|on|off",
                 "auto",
             ),
@@ -380,8 +448,9 @@ GROUPS: Final[tuple[tuple[str, tuple[Option, ...]], ...]] = (
             ),
             Option(
                 "uuid",
-                Later(("null", "off", "auto"), ("on",)),
-                "A file system id of its own.",
+                Value("uuid", one_of("null", "off", "auto", "on")),
+                "Whether the upper gets a UUID of its own, as the kernel keeps it: `on` always, `auto` if nothing was "
+                "copied up in it yet. FUSE has no way to show it by statfs(2).",
                 "null|off|auto|on",
                 "null",
             ),
@@ -399,12 +468,12 @@ GROUPS: Final[tuple[tuple[str, tuple[Option, ...]], ...]] = (
         "Refused",
         (
             Option("remount", Refused("for ro, nodev and the like use: mount -i -o remount,..."), "Changing a mount."),
-            Option("uidmapping", Refused(_UNMAPPED), "fuse-overlayfs's mapping of users.", "MAP"),
-            Option("gidmapping", Refused(_UNMAPPED), "fuse-overlayfs's mapping of groups.", "MAP"),
-            Option("squash_to_root", Refused("uid=0,gid=0 shows the same owners"), "fuse-overlayfs's `uid=0,gid=0`."),
-            Option("squash_to_uid", Refused("uid=ID shows the same owner"), "fuse-overlayfs's `uid`.", "ID"),
-            Option("squash_to_gid", Refused("gid=ID shows the same group"), "fuse-overlayfs's `gid`.", "ID"),
-            Option("xattr_permissions", Refused(_UNMAPPED), "Owners and modes kept in xattrs.", "1|2"),
+            Option(
+                "plugins",
+                Refused("there are no plugins; name the layers' directories in lowerdir"),
+                "fuse-overlayfs's programs that provide lowers.",
+                "PATH[:PATH...]",
+            ),
         ),
     ),
     (
@@ -417,6 +486,10 @@ GROUPS: Final[tuple[tuple[str, tuple[Option, ...]], ...]] = (
                 *((word, "") for word in ("private", "rprivate", "slave", "rslave", "shared", "rshared")),
                 *((word, "") for word in ("unbindable", "runbindable", "nonempty", "big_writes")),
                 *((word, "") for word in ("lazytime", "nolazytime", "mand", "nomand", "silent", "loud")),
+                *((word, "") for word in ("clone_fd", "allow_root", "kernel_cache")),
+                *((word, "") for word in ("splice_read", "splice_write", "splice_move")),
+                *((word, "N") for word in ("threaded", "max_idle_threads", "max_threads", "max_write")),
+                ("fast_ino", "0|1"),
                 ("comment", "TEXT"),
                 ("x-*", ""),
             )

@@ -14,6 +14,9 @@ import re
 from collections.abc import Callable
 from typing import Final
 
+#: The highest 32-bit number is no id: it means "none", or "keep it".
+_MAX_ID: Final = 2**32 - 1
+
 
 def split_options(text: str) -> list[str]:
     """The options in `text`, escapes and quotes left in, empty ones (podman ends its list with a comma) left out."""
@@ -92,9 +95,33 @@ def read_seconds(text: str) -> float:
 
 def read_id(text: str) -> int:
     """A numeric user or group id; the highest 32-bit number means "none" to the kernel and is none."""
-    if not (text.isascii() and text.isdigit() and int(text) < 2**32 - 1):
+    if not (text.isascii() and text.isdigit() and int(text) < _MAX_ID):
         raise ValueError("not a numeric id")
     return int(text)
+
+
+def read_mapping(text: str) -> tuple[tuple[int, int, int], ...]:
+    """Ids as CONTAINER:HOST:COUNT triples joined by colons; containers/storage begins with a colon of its own."""
+    words = [word for word in unescape(text).split(":") if word]
+    if not words or len(words) % 3 or not all(word.isascii() and word.isdigit() for word in words):
+        raise ValueError("not CONTAINER:HOST:COUNT numbers")
+    numbers = [int(word) for word in words]
+    triples = tuple(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))
+    if any(count == 0 or max(disk, mount) + count > _MAX_ID for disk, mount, count in triples):
+        raise ValueError("ids are numbers below 4294967295, and there is at least one of them")
+    return triples
+
+
+def read_switch(text: str) -> bool:
+    """0 or 1; off and on mean the same."""
+    if text not in ("0", "1", "off", "on"):
+        raise ValueError("not 0 or 1")
+    return text in ("1", "on")
+
+
+def read_writeback(text: str) -> str:
+    """auto, on or off; fuse-overlayfs has 1 and 0."""
+    return one_of("auto", "on", "off")({"1": "on", "0": "off"}.get(text, text))
 
 
 def one_of(*values: str) -> Callable[[str], str]:
