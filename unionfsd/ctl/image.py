@@ -1,0 +1,150 @@
+"""``unionfsctl image ...``: the table of its verbs, and from words to exit codes.
+
+=====  ==========================================================================
+0      done
+1      no such image or container; what was verified is damaged; a command's own
+2      wrong usage, or what came from outside is not what it should be
+4      in use
+5      the mount failed, or nothing is mounted there
+=====  ==========================================================================
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final, NoReturn
+
+from unionfsd.ctl.main import Argument, Verb
+from unionfsd.errors import UserError
+
+if TYPE_CHECKING:
+    import argparse
+
+_IMAGE: Final = Argument("image", "its name, its digest, or the beginning of that", {})
+_SOURCE: Final = Argument(
+    "source",
+    "oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:NAME], dir:DIR, tar:FILE, root:DIR, or a path",
+    {},
+)
+_NAMES: Final = Argument(
+    "--name",
+    "its name in the store (default: the one it has there)",
+    {"action": "append", "default": [], "metavar": "NAME"},
+)
+_PLATFORM: Final = Argument("--platform", "OS/ARCHITECTURE[/VARIANT] (default: this machine's)", {"default": None})
+_JOBS: Final = Argument("--jobs", "layers at once", {"type": int, "default": None})
+_QUIET: Final = Argument("--quiet", "print the result only", {"action": "store_true"})
+_MAX: Final = Argument(
+    "--max-layer", "refuse layers that unpack to more GiB (default: 64)", {"type": int, "default": 64}
+)
+_DISCARD: Final = Argument("--discard-blobs", "do not keep layers as they came", {"action": "store_true"})
+_OPTIONS: Final = Argument(
+    "-o", "mount options, see unionfsd(8)", {"dest": "options", "action": "append", "default": []}
+)
+_CONTAINER: Final = Argument("container", "its name", {})
+
+VERBS: Final[tuple[Verb, ...]] = (
+    Verb(
+        "import",
+        "unpack an image into the store",
+        (_SOURCE, _NAMES, _PLATFORM, _JOBS, _MAX, _DISCARD, _QUIET),
+        "image_move",
+    ),
+    Verb("ls", "list images", (), "image_show"),
+    Verb("inspect", "an image: configuration, layers, where each lies", (_IMAGE,), "image_show"),
+    Verb("history", "each layer, with the instruction that made it", (_IMAGE,), "image_show"),
+    Verb("tree", "images as a tree of the layers they share", (), "image_show"),
+    Verb("tag", "give an image another name", (_IMAGE, Argument("name", "the new name", {})), "image_show"),
+    Verb("rm", "remove a name; with the last one the image", (_IMAGE,), "image_show"),
+    Verb("gc", "remove what no image, container or mount needs", (), "image_show"),
+    Verb("du", "the space that images take", (), "image_show"),
+    Verb(
+        "verify",
+        "read everything again and compare it with what was imported",
+        (Argument("images", "images (default: all)", {"nargs": "*", "metavar": "image"}),),
+        "image_show",
+    ),
+    Verb(
+        "diff",
+        "what differs between two images: A added, C changed, D deleted",
+        (Argument("first", "an image", {}), Argument("second", "another", {})),
+        "image_show",
+    ),
+    Verb(
+        "mount",
+        "mount an image read-only",
+        (_IMAGE, Argument("mountpoint", "where", {}), _OPTIONS),
+        "image_run",
+    ),
+    Verb(
+        "umount",
+        "unmount an image or a container",
+        (Argument("what", "a mountpoint, or a container", {}),),
+        "image_run",
+    ),
+    Verb(
+        "create",
+        "make a container: an image with a writable layer",
+        (_IMAGE, Argument("--name", "its name (default: made up)", {"default": None})),
+        "image_run",
+    ),
+    Verb(
+        "start",
+        "mount a container, and print where",
+        (
+            _CONTAINER,
+            Argument("mountpoint", "where (default: in the store)", {"nargs": "?", "default": None}),
+            _OPTIONS,
+        ),
+        "image_run",
+    ),
+    Verb("containers", "list containers", (), "image_run"),
+    Verb("remove", "remove a container", (_CONTAINER,), "image_run"),
+    Verb(
+        "config",
+        "what the image runs: environment, directory, command",
+        (_IMAGE, Argument("--shell", "as assignments for a shell", {"action": "store_true"})),
+        "image_run",
+    ),
+)
+
+_ABOUT: Final = "Images: import them, look at them, mount them, run them, make them."
+
+
+def image(given: argparse.Namespace) -> int:
+    """The verb of the table of ``unionfsctl``."""
+    return run(given.words)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the words after ``image``; returns an exit code."""
+    given = parser().parse_args(arguments)
+    from importlib import import_module
+
+    function = getattr(import_module(f"unionfsd.ctl.{given.verb.where}"), given.verb.function + "_")
+    code: int = function(given)
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser, made of the table."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UserError(message, hint=f"{self.prog} --help tells more")
+
+    def formatter(prog: str) -> argparse.HelpFormatter:
+        return argparse.HelpFormatter(prog, width=int(os.environ.get("COLUMNS") or 80) - 2)
+
+    top = Parser("unionfsctl image", description=_ABOUT, allow_abbrev=False, formatter_class=formatter)
+    verbs = top.add_subparsers(metavar="VERB", required=True, prog="unionfsctl image", parser_class=Parser)
+    for verb in VERBS:
+        row = verbs.add_parser(verb.name, help=verb.help, description=verb.help, formatter_class=formatter)
+        row.add_argument("--json", action="store_true", help="print JSON")
+        row.add_argument("--root", metavar="DIR", help="the store (default: /var/lib/unionfsd, or of the user)")
+        row.set_defaults(verb=verb)
+        for argument in verb.arguments:
+            row.add_argument(argument.name, help=argument.help, **argument.settings)
+    return top
