@@ -42,6 +42,14 @@ _DISCARD: Final = Argument("--discard-blobs", "do not keep layers as they came",
 _OPTIONS: Final = Argument(
     "-o", "mount options, see unionfsd(8)", {"dest": "options", "action": "append", "default": []}
 )
+_COMPRESSION: Final = Argument(
+    "--compression", "gzip, zstd or none", {"choices": ("gzip", "zstd", "none"), "default": "gzip"}
+)
+_TIMESTAMP: Final = Argument(
+    "--timestamp",
+    "no time is later than this, in s since 1970 (default: $SOURCE_DATE_EPOCH)",
+    {"type": int, "default": None},
+)
 _CONTAINER: Final = Argument("container", "its name", {})
 
 VERBS: Final[tuple[Verb, ...]] = (
@@ -102,6 +110,54 @@ VERBS: Final[tuple[Verb, ...]] = (
     Verb("containers", "list containers", (), "image_run"),
     Verb("remove", "remove a container", (_CONTAINER,), "image_run"),
     Verb(
+        "run",
+        "run a command in a container of an image",
+        (
+            Argument("--name", "keep the container, by this name", {"default": None}),
+            Argument("--runner", "chroot, crun or runc", {"choices": ("chroot", "crun", "runc"), "default": "chroot"}),
+            Argument("--env", "NAME=VALUE", {"action": "append", "default": []}),
+            Argument("--workdir", "the directory to run it in", {"default": None}),
+            Argument("--user", "USER[:GROUP]", {"default": None}),
+            Argument("--no-entrypoint", "leave out the image's entrypoint", {"action": "store_true"}),
+            _OPTIONS,
+            _IMAGE,
+            Argument("command", "the command (default: the image's)", {"nargs": "..."}),
+        ),
+        "image_run",
+    ),
+    Verb(
+        "commit",
+        "make an image of a container",
+        (
+            _CONTAINER,
+            Argument("name", "the name of the image", {}),
+            Argument("--change", "KEY=VALUE of its configuration", {"action": "append", "default": []}),
+            Argument("--author", "who made it", {"default": ""}),
+            Argument("--message", "what was made", {"default": ""}),
+            _COMPRESSION,
+            _TIMESTAMP,
+            _QUIET,
+        ),
+        "image_move",
+    ),
+    Verb(
+        "export",
+        "write an image for others: oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:NAME], dir:DIR",
+        (_IMAGE, Argument("to", "where", {}), _QUIET),
+        "image_move",
+    ),
+    Verb(
+        "export-layer",
+        "write the tar of a container's upper, or of a layer of an image, and print its DiffID",
+        (
+            Argument("what", "a container, or an image with --layer", {}),
+            Argument("file", "where", {}),
+            Argument("--layer", "the number of a layer, the lowest is 0", {"type": int, "default": None}),
+            _TIMESTAMP,
+        ),
+        "image_move",
+    ),
+    Verb(
         "config",
         "what the image runs: environment, directory, command",
         (_IMAGE, Argument("--shell", "as assignments for a shell", {"action": "store_true"})),
@@ -122,7 +178,7 @@ def run(arguments: Sequence[str]) -> int:
     given = parser().parse_args(arguments)
     from importlib import import_module
 
-    function = getattr(import_module(f"unionfsd.ctl.{given.verb.where}"), given.verb.function + "_")
+    function = getattr(import_module(f"unionfsd.ctl.{given.verb.where}"), given.verb.function.replace("-", "_") + "_")
     code: int = function(given)
     return code
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from unionfsd.ctl import show
 from unionfsd.ctl.image_show import out, short, store_of
-from unionfsd.errors import OK
-from unionfsd.images import containers
+from unionfsd.errors import OK, UserError
+from unionfsd.images import containers, runtime
 
 if TYPE_CHECKING:
     import argparse
+
+    from unionfsd.images.store import Image
 
 
 def mount_(given: argparse.Namespace) -> int:
@@ -94,3 +99,76 @@ def _as_shell(value: dict[str, Any]) -> str:
         f"image_{key}={shlex.quote(shlex.join(found) if isinstance(found, list) else found)}"
         for key, found in value.items()
     )
+
+
+def run_(given: argparse.Namespace) -> int:
+    """Run a command in a container of the image; returns its exit code."""
+    store = store_of(given)
+    image = store.image(given.image)
+    name = given.name
+    existing = name is not None and any(container.name == name for container in containers.every(store))
+    container = containers.find(store, name) if existing else containers.create(store, image, name)
+    if container.image != image.digest:
+        raise UserError(f"{name}: a container of another image, {container.image_name}")
+    try:
+        options = [*given.options, *([] if name else ["volatile"])]
+        root = containers.mount(store, container, options)
+        try:
+            return _run_in(image, root, container, given)
+        finally:
+            _take_down(root)
+    finally:
+        if name is None:
+            containers.remove(store, container)
+
+
+def _take_down(root: str) -> None:
+    """Unmount; what the command left running keeps the root alive, but no mount here."""
+    try:
+        containers.unmount(root)
+    except UserError:
+        containers.unmount(root, lazy=True)
+
+
+def _run_in(image: Image, root: str, container: containers.Container, given: argparse.Namespace) -> int:
+    import json
+    import sys
+
+    process = runtime.process(
+        image.config,
+        root,
+        command=given.command[1:] if given.command[:1] == ["--"] else given.command,
+        env=given.env,
+        workdir=given.workdir,
+        user=given.user,
+        entrypoint=not given.no_entrypoint,
+    )
+    if given.runner == "chroot":
+        return _attend(runtime.chroot_words(process, root))
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    spec = runtime.spec(process, root, terminal=terminal, hostname=container.name)
+    with open(os.path.join(container.directory, "config.json"), "w") as file:
+        json.dump(spec, file)
+    identity = f"unionfsd-{container.name}-{os.getpid()}"
+    words = [given.runner, *(["--cgroup-manager=disabled"] if given.runner == "crun" else []), "run"]
+    return _attend([*words, "--bundle", container.directory, identity])
+
+
+def _attend(words: list[str]) -> int:
+    """Run a command to its end; returns what a shell would."""
+    import subprocess
+
+    with _signals_for_the_command():
+        done = subprocess.run(words, check=False)
+    return done.returncode if done.returncode >= 0 else 128 - done.returncode
+
+
+@contextlib.contextmanager
+def _signals_for_the_command() -> Iterator[None]:
+    """Signals of the terminal are for the command to heed; its end is ours."""
+    kept = [(number, signal.signal(number, signal.SIG_IGN)) for number in (signal.SIGINT, signal.SIGQUIT)]
+    try:
+        yield
+    finally:
+        for number, handler in kept:
+            signal.signal(number, handler)

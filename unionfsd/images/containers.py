@@ -16,6 +16,7 @@ import secrets
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
@@ -29,6 +30,8 @@ from unionfsd.syscalls import Fd
 HOLD: Final = "UNIONFSD_HOLD_FDS"
 _NAME: Final = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,99}")
 _FACTS: Final = b"container.json"
+#: Seconds for a daemon to end after its mount.
+_PATIENCE: Final = 5.0
 
 
 class Container(NamedTuple):
@@ -107,21 +110,26 @@ def every(store: Store) -> Iterator[Container]:
 def remove(store: Store, container: Container) -> None:
     """Remove a container with all that was written in it; UserError while it is mounted, here or elsewhere."""
     with syscalls.open_dir(store.containers.fd, container.name.encode()) as made:
-        if container.mounted or _locked(made):
+        if container.mounted or _locked(made, _PATIENCE):
             raise UserError(f"{container.name}: mounted", hint="unmount it first", code=BUSY)
     with store.make(b"gone-container-" + container.name.encode()) as stage:
         beneath.remove(stage.fd.fd, b"made")
         syscalls.renameat2(store.containers.fd, container.name.encode(), stage.fd.fd, b"made")
 
 
-def _locked(made: Fd) -> bool:
-    """Whether a daemon has the upper, in whatever mount namespace: it holds a lock on it."""
+def _locked(made: Fd, patience: float) -> bool:
+    """Whether a daemon has the upper, in whatever mount namespace: it holds a lock until soon after its mount."""
+    deadline = time.monotonic() + patience
     with Fd(os.open(b"upper", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=made.fd)) as upper:
-        try:
-            fcntl.flock(upper.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        return False
+        while True:
+            try:
+                fcntl.flock(upper.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    return True
+                time.sleep(0.02)
+            else:
+                return False
 
 
 # Mounting.

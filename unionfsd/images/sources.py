@@ -115,7 +115,7 @@ class DirectoryBlobs:
             raise UserError(f"{digest}: {reason(error)}") from None
 
     def document(self, digest: str) -> bytes:
-        return _small(self.open(digest), digest)
+        return small(self.open(digest), digest)
 
 
 class ArchiveBlobs:
@@ -128,7 +128,7 @@ class ArchiveBlobs:
         return self._archive.open("blobs/" + digest.replace(":", "/"))
 
     def document(self, digest: str) -> bytes:
-        return _small(self.open(digest), digest)
+        return small(self.open(digest), digest)
 
 
 class FlatBlobs:
@@ -144,14 +144,18 @@ class FlatBlobs:
             raise UserError(f"{digest}: {reason(error)}") from None
 
     def document(self, digest: str) -> bytes:
-        return _small(self.open(digest), digest)
+        return small(self.open(digest), digest)
 
 
-def _small(stream: Readable, what: str) -> bytes:
-    data = stream.read(documents.MAX_DOCUMENT + 1)
-    if len(data) > documents.MAX_DOCUMENT:
-        raise UserError(f"{what}: too large for a document")
-    return data
+def small(stream: Readable, what: str) -> bytes:
+    """All of a small stream; UserError for a large one."""
+    data = b""
+    while len(data) <= documents.MAX_DOCUMENT:
+        piece = stream.read(documents.MAX_DOCUMENT + 1 - len(data))
+        if not piece:
+            return data
+        data += piece
+    raise UserError(f"{what}: too large for a document")
 
 
 def _open_directory(path: str) -> Fd:
