@@ -50,13 +50,47 @@ _TIMESTAMP: Final = Argument(
     "no time is later than this, in s since 1970 (default: $SOURCE_DATE_EPOCH)",
     {"type": int, "default": None},
 )
+_POLICY: Final = Argument("--policy", "a file of rules (default: policy.toml of the store)", {"default": None})
+_PLAIN: Final = Argument("--plain-http", "without TLS also to other machines", {"action": "store_true"})
 _CONTAINER: Final = Argument("container", "its name", {})
 
 VERBS: Final[tuple[Verb, ...]] = (
     Verb(
         "import",
         "unpack an image into the store",
-        (_SOURCE, _NAMES, _PLATFORM, _JOBS, _MAX, _DISCARD, _QUIET),
+        (_SOURCE, _NAMES, _PLATFORM, _JOBS, _MAX, _DISCARD, _QUIET, _POLICY),
+        "image_move",
+    ),
+    Verb(
+        "pull",
+        "unpack an image of a registry into the store",
+        (
+            Argument("source", "docker://HOST/NAME[:TAG][@DIGEST], or the name alone", {}),
+            *(_NAMES, _PLATFORM, _JOBS, _MAX, _DISCARD, _QUIET, _POLICY, _PLAIN),
+            Argument("--mirror", "HOST to ask first", {"action": "append", "default": [], "metavar": "HOST"}),
+        ),
+        "image_move",
+    ),
+    Verb(
+        "push",
+        "push an image, and its signatures, to a registry",
+        (_IMAGE, Argument("to", "docker://HOST/NAME[:TAG] (default: its name)", {"nargs": "?"}), _PLAIN, _QUIET),
+        "image_move",
+    ),
+    Verb(
+        "sign",
+        "sign an image, in cosign's format; $COSIGN_PASSWORD is for an encrypted key",
+        (
+            _IMAGE,
+            Argument("--key", "the private key, in PEM", {"required": True}),
+            Argument("--as", "the name to sign it as (default: its own)", {"dest": "name", "default": None}),
+        ),
+        "image_move",
+    ),
+    Verb(
+        "verify-signature",
+        "check that an image is signed by a key",
+        (_IMAGE, Argument("--key", "a public key, in PEM", {"action": "append", "required": True})),
         "image_move",
     ),
     Verb("ls", "list images", (), "image_show"),
@@ -82,7 +116,7 @@ VERBS: Final[tuple[Verb, ...]] = (
     Verb(
         "mount",
         "mount an image read-only",
-        (_IMAGE, Argument("mountpoint", "where", {}), _OPTIONS),
+        (_IMAGE, Argument("mountpoint", "where", {}), _OPTIONS, _POLICY),
         "image_run",
     ),
     Verb(
@@ -104,6 +138,7 @@ VERBS: Final[tuple[Verb, ...]] = (
             _CONTAINER,
             Argument("mountpoint", "where (default: in the store)", {"nargs": "?", "default": None}),
             _OPTIONS,
+            _POLICY,
         ),
         "image_run",
     ),
@@ -120,6 +155,7 @@ VERBS: Final[tuple[Verb, ...]] = (
             Argument("--user", "USER[:GROUP]", {"default": None}),
             Argument("--no-entrypoint", "leave out the image's entrypoint", {"action": "store_true"}),
             _OPTIONS,
+            _POLICY,
             _IMAGE,
             Argument("command", "the command (default: the image's)", {"nargs": "..."}),
         ),

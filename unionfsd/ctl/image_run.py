@@ -16,13 +16,26 @@ from unionfsd.images import containers, runtime
 if TYPE_CHECKING:
     import argparse
 
-    from unionfsd.images.store import Image
+    from unionfsd.images.store import Image, Store
 
 
 def mount_(given: argparse.Namespace) -> int:
     store = store_of(given)
-    containers.mount_image(store, store.image(given.image), given.mountpoint, given.options)
+    image = store.image(given.image)
+    _allow(store, image, given)
+    containers.mount_image(store, image, given.mountpoint, given.options)
     return OK
+
+
+def _allow(store: Store, image: Image, given: argparse.Namespace) -> None:
+    """UserError when the policy does not let the image be mounted."""
+    from unionfsd.images import policy
+
+    rules = policy.load(given.policy, store.root)
+    if rules.rules or rules.default != "accept":
+        from unionfsd.images import admission
+
+        admission.check(store, image, rules)
 
 
 def umount_(given: argparse.Namespace) -> int:
@@ -52,7 +65,9 @@ def _facts(container: containers.Container) -> dict[str, Any]:
 
 def start_(given: argparse.Namespace) -> int:
     store = store_of(given)
-    where = containers.mount(store, containers.find(store, given.container), given.options, given.mountpoint)
+    container = containers.find(store, given.container)
+    _allow(store, store.image(container.image), given)
+    where = containers.mount(store, container, given.options, given.mountpoint)
     return out(given, {"mountpoint": where}, lambda value: str(value["mountpoint"]))
 
 
@@ -105,6 +120,7 @@ def run_(given: argparse.Namespace) -> int:
     """Run a command in a container of the image; returns its exit code."""
     store = store_of(given)
     image = store.image(given.image)
+    _allow(store, image, given)
     name = given.name
     existing = name is not None and any(container.name == name for container in containers.every(store))
     container = containers.find(store, name) if existing else containers.create(store, image, name)

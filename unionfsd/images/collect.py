@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from unionfsd import syscalls
 from unionfsd.errors import BUSY, UserError
-from unionfsd.images import containers, layering, tree
+from unionfsd.images import containers, layering, tree, trust
 from unionfsd.images.compress import Verified
 from unionfsd.images.store import At, Image, Store, layer_name, possible_names
 from unionfsd.syscalls import Fd
@@ -62,6 +62,7 @@ def collect(store: Store) -> Collected:
         freed = sum(sizes[chain] for chain in removed)
         dropped = tuple(digest for digest in store.all_blobs() if digest not in blobs)
         freed += sum(store.remove_blob(digest) for digest in dropped)
+        trust.forget(store, {image.digest for image in images})
     return Collected(removed, dropped, freed, used)
 
 

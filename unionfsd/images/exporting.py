@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from unionfsd import syscalls
 from unionfsd.errors import UserError, reason
-from unionfsd.images import archives, beneath, documents, tarwrite
+from unionfsd.images import archives, beneath, documents, tarwrite, trust
 from unionfsd.images import digest as digests
 from unionfsd.images.compress import Verified, pieces
 from unionfsd.images.documents import Descriptor
@@ -27,17 +27,21 @@ _MAX_INDEX: Final = 64 << 20
 
 def export(store: Store, image: Image, place: Place, events: Events) -> None:
     """Write an image to `place`; UserError when a layer is not there as it came, or the place cannot be written."""
-    missing = [layer.digest for layer in image.manifest.layers if not store.has_blob(layer.digest)]
-    if missing:
-        raise UserError(
-            f"{missing[0]}: the layer was not kept as it came", hint="import the image without --discard-blobs"
-        )
+    require_blobs(store, image)
     try:
         _WRITERS[place.transport](store, image, place, events)
     except KeyError:
         raise UserError(f"{place}: cannot be written", hint=f"one of {', '.join(_WRITERS)}") from None
     except OSError as error:
         raise UserError(f"{place}: {reason(error)}") from None
+
+
+def require_blobs(store: Store, image: Image) -> None:
+    """UserError unless every layer of an image is there as it came."""
+    missing = [layer.digest for layer in image.manifest.layers if not store.has_blob(layer.digest)]
+    if missing:
+        hint = "import the image without --discard-blobs"
+        raise UserError(f"{missing[0]}: the layer was not kept as it came", hint=hint)
 
 
 def blobs(image: Image) -> list[Descriptor]:
@@ -61,6 +65,7 @@ def _verified(store: Store, blob: Descriptor, events: Events) -> Iterator[bytes]
 
 def _oci(store: Store, image: Image, place: Place, events: Events) -> None:
     os.makedirs(place.where, exist_ok=True)
+    signatures = _signatures(store, image)
     with _open(place.where) as root:
         for name in (b"blobs", b"blobs/sha256", b"blobs/sha512"):
             with contextlib.suppress(FileExistsError):
@@ -69,11 +74,28 @@ def _oci(store: Store, image: Image, place: Place, events: Events) -> None:
             algorithm, digits = digests.split(blob.digest)
             with _open(os.path.join(place.where, "blobs", algorithm)) as directory:
                 _copy(store, blob, directory, digits, events)
+        if signatures is not None:
+            with _open(os.path.join(place.where, "blobs", "sha256")) as directory:
+                for data in signatures[1]:
+                    beneath.replace_file(directory.fd, digests.split(digests.of(data))[1].encode(), data)
         entries = []
         if beneath.lstat(root.fd, b"index.json") is not None:
             entries = list(documents.index(beneath.read_file(root.fd, b"index.json", _MAX_INDEX)))
+        if signatures is not None:
+            entries = [entry for entry in entries if entry.annotations != signatures[0].annotations]
+            entries.append(signatures[0])
         beneath.replace_file(root.fd, b"index.json", _index(image, place.which, entries))
         beneath.replace_file(root.fd, b"oci-layout", _LAYOUT)
+
+
+def _signatures(store: Store, image: Image) -> tuple[Descriptor, list[bytes]] | None:
+    """(the entry of an index, the blobs) of the signatures of an image, as cosign keeps them in a layout."""
+    mine = [each for each in trust.kept(store, image.digest) if each.signed_index is None]
+    if not mine:
+        return None
+    manifest, found = trust.manifest(mine)
+    entry = manifest.descriptor._replace(annotations={documents.REF_NAME: trust.tag(image.digest)})
+    return entry, [*found.values(), manifest.raw]
 
 
 def _index(image: Image, name: str | None, others: list[Descriptor]) -> bytes:

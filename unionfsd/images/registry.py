@@ -210,13 +210,21 @@ class Registry:
         return answer, start if answer.status_code == 206 else 0
 
     def document(self, digest: str) -> bytes:
-        """A small blob or manifest; verified by the caller."""
-        try:
-            return self.manifest(digest)[0]
-        except RegistryError as error:
-            if error.status != 404:
-                raise
+        """A small blob; verified by the caller."""
         return sources.small(self.open(digest), digest)
+
+    def nested(self, digest: str) -> bytes:
+        """A manifest that an index names."""
+        return self.manifest(digest)[0]
+
+    def find_manifest(self, reference: str) -> bytes | None:
+        """The manifest of a tag or digest; None when there is none."""
+        try:
+            return self.manifest(reference)[0]
+        except RegistryError as error:
+            if error.status == 404:
+                return None
+            raise
 
     def has_blob(self, digest: str) -> bool:
         return self._has(f"blobs/{digest}")
@@ -321,8 +329,8 @@ class Remote(sources.Resolved):
         self.registry = registry
         name = registry.name
         raw, announced = registry.manifest(name.digest or name.tag or "latest")
-        #: The digest of what the name stands for, which may be an index.
-        self.top = digests.of(raw)
+        #: What the name stands for, which may be an index.
+        self.top = raw
         super().__init__(registry, raw, announced, platform, (str(name._replace(digest=None)),) if name.tag else ())
 
     def blob(self, descriptor: Descriptor, start: int = 0) -> Readable:

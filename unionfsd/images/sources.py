@@ -58,33 +58,38 @@ class Source(Protocol):
         """The bytes of a layer from `start` on, yet to be verified."""
 
 
-class _Blobs(Protocol):
+class Blobs(Protocol):
     """A place with blobs by digest."""
 
     def open(self, digest: str) -> Readable: ...
 
     def document(self, digest: str) -> bytes: ...
 
+    def nested(self, digest: str) -> bytes:
+        """A manifest that an index names, which registries keep apart from blobs."""
+
 
 class Resolved:
     """An image in a place with blobs by digest, found by its manifest or by an index it is in."""
 
     def __init__(
-        self, blobs: _Blobs, raw: bytes, announced: str | None, platform: Mapping[str, str], names: tuple[str, ...]
+        self, blobs: Blobs, raw: bytes, announced: str | None, platform: Mapping[str, str], names: tuple[str, ...]
     ) -> None:
-        self._blobs = blobs
+        self.blobs = blobs
+        #: What else stands in the layout that the image was found in.
+        self.beside: tuple[Descriptor, ...] = ()
         self.names = names
         for _ in range(4):  # an index may be in an index
             media_type = documents.kind(raw, announced)
             if media_type not in documents.INDEXES:
                 break
             entry = documents.choose(documents.index(raw), platform)
-            raw, announced = verified(blobs.document(entry.digest), entry), entry.media_type
+            raw, announced = verified(blobs.nested(entry.digest), entry), entry.media_type
         self.manifest = documents.manifest(raw, announced)
         self.config = documents.config(verified(blobs.document(self.manifest.config.digest), self.manifest.config))
 
     def blob(self, descriptor: Descriptor, start: int = 0) -> Readable:
-        stream = self._blobs.open(descriptor.digest)
+        stream = self.blobs.open(descriptor.digest)
         while start > 0 and (data := stream.read(min(start, 1 << 20))):
             start -= len(data)
         return stream
@@ -117,6 +122,8 @@ class DirectoryBlobs:
     def document(self, digest: str) -> bytes:
         return small(self.open(digest), digest)
 
+    nested = document
+
 
 class ArchiveBlobs:
     """Blobs of an OCI layout in an archive."""
@@ -129,6 +136,8 @@ class ArchiveBlobs:
 
     def document(self, digest: str) -> bytes:
         return small(self.open(digest), digest)
+
+    nested = document
 
 
 class FlatBlobs:
@@ -145,6 +154,8 @@ class FlatBlobs:
 
     def document(self, digest: str) -> bytes:
         return small(self.open(digest), digest)
+
+    nested = document
 
 
 def small(stream: Readable, what: str) -> bytes:
@@ -165,15 +176,22 @@ def _open_directory(path: str) -> Fd:
         raise UserError(f"{path}: {reason(error)}") from None
 
 
-def _layout(blobs: _Blobs, index: bytes, place: Place, platform: Mapping[str, str]) -> Source:
+def _layout(blobs: Blobs, index: bytes, place: Place, platform: Mapping[str, str]) -> Source:
     entries = documents.index(index)
     chosen = _chosen(entries, place, platform)
     raw = verified(blobs.document(chosen.digest), chosen)
-    return Resolved(blobs, raw, chosen.media_type, platform, _names_of(chosen))
+    found = Resolved(blobs, raw, chosen.media_type, platform, _names_of(chosen))
+    found.beside = entries
+    return found
 
 
 def _chosen(entries: tuple[Descriptor, ...], place: Place, platform: Mapping[str, str]) -> Descriptor:
-    able = [entry for entry in entries if entry.media_type in (*documents.INDEXES, *documents.MANIFESTS)]
+    able = [
+        entry
+        for entry in entries
+        if entry.media_type in (*documents.INDEXES, *documents.MANIFESTS)
+        and not entry.annotations.get(documents.REF_NAME, "").endswith((".sig", ".att", ".sbom"))
+    ]
     if place.which is not None:
         wanted = {place.which, *_whole(place.which)}
         found = [
