@@ -115,7 +115,7 @@ VERBS: Final[tuple[Verb, ...]] = (
     ),
     Verb(
         "mount",
-        "mount an image read-only",
+        "mount an image read-only, one of podman's or Docker's in place: containers-storage:[DIR@]NAME",
         (_IMAGE, Argument("mountpoint", "where", {}), _OPTIONS, _POLICY),
         "image_run",
     ),
@@ -159,6 +159,12 @@ VERBS: Final[tuple[Verb, ...]] = (
             _IMAGE,
             Argument("command", "the command (default: the image's)", {"nargs": "..."}),
         ),
+        "image_run",
+    ),
+    Verb(
+        "hold",
+        "run a command that has the layers of an image, in the place of the word @layers, the top one first",
+        (_POLICY, _IMAGE, Argument("command", "the command", {"nargs": "..."})),
         "image_run",
     ),
     Verb(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from unionfsd.ctl import show
 from unionfsd.ctl.image_show import out, short, store_of
 from unionfsd.errors import OK, UserError
-from unionfsd.images import containers, runtime
+from unionfsd.images import containers, reference, runtime
 
 if TYPE_CHECKING:
     import argparse
@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
 
 def mount_(given: argparse.Namespace) -> int:
+    place = reference.place(given.image)
+    if place is not None and place.transport == "containers-storage":
+        from unionfsd.images import engines
+
+        containers.mount_directories(engines.find(place.where).diffs, given.mountpoint, given.options)
+        return OK
     store = store_of(given)
     image = store.image(given.image)
     _allow(store, image, given)
@@ -44,6 +50,21 @@ def umount_(given: argparse.Namespace) -> int:
         where = containers.find(store_of(given), where).merged
     containers.unmount(where)
     return OK
+
+
+def hold_(given: argparse.Namespace) -> int:
+    """Become a command that has the layers of an image, and keeps them from being collected."""
+    store = store_of(given)
+    image = store.image(given.image)
+    _allow(store, image, given)
+    chains = image.config.chain_ids
+    words = given.command[1:] if given.command[:1] == ["--"] else given.command
+    if not words:
+        raise UserError("hold needs a command", hint="unionfsctl image hold IMAGE -- COMMAND @layers")
+    at = words.index("@layers") if "@layers" in words else len(words)
+    command = [*words[:at], *containers.lower_paths(store, chains), *words[at + 1 :]]
+    with containers.holding(store, chains) as held:
+        os.execvpe(command[0], command, {**os.environ, **containers.hold_variable(held)})
 
 
 def create_(given: argparse.Namespace) -> int:

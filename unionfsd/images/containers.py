@@ -140,29 +140,51 @@ def mount(store: Store, container: Container, options: Sequence[str] = (), mount
     where = mountpoint or container.merged
     work = os.path.join(container.directory, "work")
     mine = [f"upperdir={escaped(container.upper)}", f"workdir={escaped(work)}", "redirect_dir=off"]
-    _mount(store, container.layers, [*mine, *options], where)
+    with holding(store, container.layers) as held:
+        _mount(lower_paths(store, container.layers), [*mine, *options], where, held)
     return where
 
 
 def mount_image(store: Store, image: Image, mountpoint: str, options: Sequence[str] = ()) -> None:
     """Mount an image read-only; UserError with the daemon's words."""
-    _mount(store, image.config.chain_ids, ["ro", *options], mountpoint)
+    with holding(store, image.config.chain_ids) as held:
+        _mount(lower_paths(store, image.config.chain_ids), ["ro", *options], mountpoint, held)
 
 
-def _mount(store: Store, chains: Sequence[str], options: list[str], mountpoint: str) -> None:
+def mount_directories(diffs: Sequence[str], mountpoint: str, options: Sequence[str] = ()) -> None:
+    """Mount layers that are elsewhere, the lowest first, read-only; UserError with the daemon's words."""
+    _mount(list(reversed(diffs)), ["ro", *options], mountpoint, [])
+
+
+def lower_paths(store: Store, chains: Sequence[str]) -> list[str]:
+    """The directories of layers given the lowest first, as a mount wants them: the top one first."""
+    return [store.link_path(chain) for chain in reversed(chains)]
+
+
+@contextlib.contextmanager
+def holding(store: Store, chains: Sequence[str]) -> Iterator[list[int]]:
+    """Descriptors, to be inherited, that keep layers from being collected."""
     with contextlib.ExitStack() as stack:
-        held = [stack.enter_context(store.hold_layer(chain)) for chain in dict.fromkeys(chains)]
-        lowers = ":".join(escaped(store.link_path(chain)) for chain in reversed(chains))
+        held = [stack.enter_context(store.hold_layer(chain)).fd for chain in dict.fromkeys(chains)]
         for fd in held:
-            os.set_inheritable(fd.fd, True)
-        command = [sys.executable, "-m", "unionfsd", "-o", ",".join([f"lowerdir={lowers}", *options]), mountpoint]
-        done = subprocess.run(
-            command,
-            pass_fds=[fd.fd for fd in held],
-            env={**os.environ, HOLD: ",".join(str(fd.fd) for fd in held)},
-            stderr=subprocess.PIPE,
-            check=False,
-        )
+            os.set_inheritable(fd, True)
+        yield held
+
+
+def hold_variable(held: Sequence[int]) -> dict[str, str]:
+    """What tells a daemon to keep them."""
+    return {HOLD: ",".join(map(str, held))}
+
+
+def _mount(lowers: Sequence[str], options: list[str], mountpoint: str, held: Sequence[int]) -> None:
+    text = ",".join([f"lowerdir={':'.join(map(escaped, lowers))}", *options])
+    done = subprocess.run(
+        [sys.executable, "-m", "unionfsd", "-o", text, mountpoint],
+        pass_fds=held,
+        env={**os.environ, **hold_variable(held)},
+        stderr=subprocess.PIPE,
+        check=False,
+    )
     words = done.stderr.decode(errors="replace").strip()
     if done.returncode:
         raise UserError(words.removeprefix("unionfsd: "), code=done.returncode if done.returncode > 0 else MOUNT)
