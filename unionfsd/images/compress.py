@@ -250,7 +250,7 @@ class Source:
             pass
 
     def _fill(self) -> bool:
-        piece = next(self._pieces, b"")
+        piece = next(filter(None, self._pieces), b"")  # an empty piece is not the end
         if not piece:
             return False
         self.count += len(piece)

@@ -252,7 +252,7 @@ class _Readable:
         self._pieces = found
 
     def read(self, size: int, /) -> bytes:
-        return next(self._pieces, b"")
+        return next(filter(None, self._pieces), b"")
 
 
 _WRITERS: Final[dict[str, Callable[[Store, Image, Place, Events], None]]] = {

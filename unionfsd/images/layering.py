@@ -245,7 +245,7 @@ class _Iterated:
         self._pieces = pieces
 
     def read(self, size: int, /) -> bytes:
-        return next(self._pieces, b"")
+        return next(filter(None, self._pieces), b"")
 
 
 def write_manifest(layer: Fd, diff: Fd, known: dict[int, bytes] | None) -> str:

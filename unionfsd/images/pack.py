@@ -39,6 +39,8 @@ class _Packer:
         self._root = root
         self._below = below
         self._newest = newest
+        #: The opaque directory that the walk is in, or was in last.
+        self._opaque: Path | None = None
         self._links: dict[tuple[int, int], bytes] = {}
 
     def pieces(self) -> Iterator[bytes]:
@@ -97,6 +99,14 @@ class _Packer:
         elif stat.S_ISREG(st.st_mode) and any(has_xattr(fd, mark) for mark in fmt.METACOPY_NAMES):
             raise UserError(f"{shown}: metadata without data, which a layer cannot say", hint=_HINT)
 
+    def _is_opaque(self, path: Path, fd: Fd) -> bool:
+        """Whether a directory hides those below: it says so, or one that it lies in does."""
+        inside = self._opaque is not None and path[: len(self._opaque)] == self._opaque
+        if not inside and is_opaque(fd):
+            self._opaque = path
+            inside = True
+        return inside
+
     def _hidden(self, path: Path, fd: Fd) -> Iterator[bytes]:
         """The whiteouts of a directory: those that stand in it, and for an opaque one all that is hidden by that."""
         assert self._below is not None
@@ -106,7 +116,7 @@ class _Packer:
             st = syscalls.stat_at(fd.fd, name)
             if is_whiteout(fd, name, st):
                 hidden.add(name)
-        if is_opaque(fd):
+        if self._is_opaque(path, fd):
             hidden |= self._below.listing(path) - set(present)
         for name in sorted(hidden):
             if self._below.find((*path, name)) is not None:
