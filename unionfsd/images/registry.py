@@ -9,6 +9,7 @@ Rules this file obeys:
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import ipaddress
 import re
@@ -146,7 +147,7 @@ class Registry:
         kind, _, rest = challenge.partition(" ")
         found = dict(_CHALLENGE.findall(rest))
         if kind.lower() == "basic" and self._credentials is not None:
-            self._authorization = httpx.BasicAuth(*self._credentials)._auth_header
+            self._authorization = _basic(self._credentials)
         elif kind.lower() == "bearer" and "realm" in found:
             self._authorization = f"Bearer {self._token(found)}"
         else:
@@ -164,7 +165,7 @@ class Registry:
         else:
             headers = {}
             if self._credentials is not None:
-                headers["Authorization"] = httpx.BasicAuth(*self._credentials)._auth_header
+                headers["Authorization"] = _basic(self._credentials)
             request = self._client.build_request("GET", realm, params=params, headers=headers)
         answer = self._ask(request, stream=False)
         if not answer.is_success:
@@ -310,6 +311,10 @@ class _Download:
         if self._tries <= 0:
             raise BrokenOffError(f"{self._digest}: the download broke off: {error}", code=1) from None
         time.sleep(0.1)
+
+
+def _basic(credentials: Credentials) -> str:
+    return "Basic " + base64.b64encode(f"{credentials.username}:{credentials.password}".encode()).decode()
 
 
 def _is_here(host: str) -> bool:
