@@ -17,7 +17,8 @@ from typing import Any, Final
 import pytest
 
 from tests import harness
-from tests.harness import run, wait_for
+from tests.harness import PROJECT, run, wait_for
+from tests.system import private
 from tests.trees import describe, fingerprint, walk
 from unionfsd.images.store import Store
 
@@ -39,6 +40,13 @@ CMD ["sh", "-c", "pwd; echo $WORD"]
 SOURCES: Final = ("docker-archive", "oci", "oci-archive", "dir")
 
 
+#: Runs a command where hybrid cgroups do not look like unified ones, which crun takes them for.
+UNIFIED: Final = (
+    *("unshare", "--mount", "--propagation=slave", "sh", "-c"),
+    *('! mountpoint -q /sys/fs/cgroup/unified || umount /sys/fs/cgroup/unified; exec "$@"', "sh"),
+)
+
+
 class Built:
     """An image built by buildah in a store of containers/storage with native overlay, and written in every form."""
 
@@ -58,7 +66,7 @@ class Built:
 
     def podman(self, *arguments: str | Path) -> str:
         words = [*self._options, "--cgroup-manager=cgroupfs", "--events-backend=file", *arguments]
-        return run("podman", *words, seconds=100)
+        return run(*(UNIFIED if arguments[0] == "run" else ()), "podman", *words, seconds=100)
 
     @contextlib.contextmanager
     def mounted(self, name: str = "localhost/built") -> Iterator[Path]:
@@ -87,9 +95,8 @@ def image(disk: Path) -> Iterator[Any]:
     def image(*words: str | Path, code: int = 0) -> str:
         verb, *rest = map(str, words)
         command = [sys.executable, "-m", "unionfsd.ctl", "image", verb, "--root", str(root), *rest]
-        if "crun" in rest:  # it takes hybrid cgroups for unified ones
-            prepare = '! mountpoint -q /sys/fs/cgroup/unified || umount /sys/fs/cgroup/unified; exec "$@"'
-            command = ["unshare", "--mount", "--propagation=slave", "sh", "-c", prepare, "sh", *command]
+        if "crun" in rest:
+            command = [*UNIFIED, *command]
         done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
         assert done.returncode == code, f"{words}: exit {done.returncode}: {done.stderr}"
         return done.stdout if code == 0 else done.stderr
@@ -167,6 +174,18 @@ def test_a_command_runs_in_a_root(built: Built, image: Any, runner: str) -> None
     assert image("containers") == ""
 
 
+def test_stage_rootfs_takes_an_image(built: Built, image: Any, disk: Path) -> None:
+    image("import", built.root / "oci", "--name", "app")
+    private.install(disk / "unionfsd")
+    control = disk / "unionfsctl"
+    control.write_text(f'#!/bin/sh\nPYTHONPATH={PROJECT} exec {sys.executable} -m unionfsd.ctl "$@"\n')
+    control.chmod(0o755)
+    script = f'"{PROJECT}/scripts/stage-rootfs" -i app -r "$store" -- sh -c "cat /data/linked; echo new >/data/one"'
+    done = private.shell(script, UNIONFSD=disk / "unionfsd", UNIONFSCTL=control, store=disk / "store")
+    assert (done.returncode, done.stdout) == (0, "one\nmore\n"), done.stderr
+    assert image("verify") == ""
+
+
 CHANGE: Final = """
 echo x >/data/x; rm /data/moved/new /data/link; mv /data/moved /data/again; mkdir -p /a/b; echo y >/a/b/c
 chmod 600 /data/old; echo added >>/data/one; ln /data/x /data/y; rm -r /etc; mkdir /etc; echo z >/etc/z
@@ -202,6 +221,7 @@ def test_what_is_committed_others_load_and_run(built: Built, image: Any, disk: P
     with built.mounted("localhost/made:1") as theirs:
         assert view(theirs) == ours
     options = ["--network=host", "--cgroups=disabled", "--rm", "--security-opt=seccomp=unconfined"]
+    options += ["--runtime=crun", "--ulimit=nofile=1024:1024", "--ulimit=nproc=4096:4096"]
     assert built.podman("run", *options, "localhost/made:1") == "one\nmore\nadded\n"
     unpacked = disk / "bundle"
     run("umoci", "unpack", "--image", f"{disk}/oci:1", unpacked, seconds=100)
