@@ -407,3 +407,41 @@ def test_signatures_travel_in_a_layout(store: Store, keys: Path, tmp_path: Path)
     assert main(["image", "import", *more, f"oci:{tmp_path}/out:{name}"]) == 0
     assert main(["image", "import", *more, f"oci:{tmp_path}/oci", "--name", name]) == 1
     assert trust.kept(Store(f"{tmp_path}/again"), image.digest)
+
+
+@pytest.mark.parametrize("found_by", ["tag", "referrers"])
+def test_a_signed_index_vouches_for_what_is_in_it(
+    store: Store, host: str, keys: Path, tmp_path: Path, remote: Connect, found_by: str
+) -> None:
+    made, stranger = Made([BASE]), Made([TOP])
+    name = reference.name(f"{host}/indexed-{found_by}/app:1")
+    entry = {**images.descriptor(documents.OCI_MANIFEST, made.manifest), "platform": AMD64}
+    index = json.dumps({"schemaVersion": 2, "mediaType": documents.OCI_INDEX, "manifests": [entry]}).encode()
+    signature = trust.sign(str(keys / "ec.key"), str(name), digests.of(index))
+    manifest, blobs = trust.manifest([signature])
+    pushed(store, made, tmp_path / "oci", str(name._replace(tag="amd64")))
+    with Registry(name, push=True) as target:
+        target.put_manifest(index, documents.OCI_INDEX, "1")
+        for digest, data in blobs.items():
+            target.upload(documents.Descriptor("", digest, len(data), {}), lambda data=data: iter([data]))  # type: ignore[misc]
+        if found_by == "tag":
+            target.put_manifest(manifest.raw, documents.OCI_MANIFEST, trust.tag(digests.of(index)))
+        else:
+            # As a registry without a list of referrers has it (distribution-spec, "Referrers Tag Schema").
+            subject = images.descriptor(documents.OCI_INDEX, index)
+            raw = documents.dump({**json.loads(manifest.raw), "subject": subject})
+            target.put_manifest(raw, documents.OCI_MANIFEST, digests.of(raw))
+            listed = {**images.descriptor(documents.OCI_MANIFEST, raw), "artifactType": trust.ARTIFACT}
+            referrers = {"schemaVersion": 2, "mediaType": documents.OCI_INDEX, "manifests": [listed]}
+            tag = digests.of(index).replace(":", "-")
+            target.put_manifest(documents.dump(referrers), documents.OCI_INDEX, tag)
+    wanted = rules(tmp_path / "policy.toml", keys, f"{host}/indexed-*")
+    again = Store(str(tmp_path / "again"))
+    image = bring(again, remote(str(name)), allowed=lambda source: admit(again, source, source.names, wanted))
+    check(again, image, wanted)
+    (kept,) = trust.kept(again, made.digest)
+    with pytest.raises(UntrustedError, match="another image"):
+        trust.verify([kept], [str(keys / "ec.pub")], stranger.digest, [str(name)])
+    other = kept._replace(signed_index=index.replace(made.digest.encode(), stranger.digest.encode()))
+    with pytest.raises(UntrustedError, match="another image"):
+        trust.verify([other], [str(keys / "ec.pub")], stranger.digest, [str(name)])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import concurrent.futures
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ import pytest
 
 from tests import images
 from tests.images import Made, directory, member, tar
+from unionfsd import syscalls
 from unionfsd.errors import UserError
 from unionfsd.images import collect, documents, importing, sources
 from unionfsd.images import digest as digests
@@ -376,6 +379,52 @@ def test_a_killed_import_leaves_nothing_that_counts(store: Store, tmp_path: Path
     image = bring(store, path, "app")
     assert list(collect.verify(store, image)) == []
     assert left(store) == []
+
+
+class CrashError(BaseException):
+    """The machine stopped: from here on nothing changes any more."""
+
+
+def test_a_crash_at_any_call_leaves_a_store_that_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Made([BASE, TOP])
+    path = made.oci(tmp_path / "oci")
+    lock = threading.Lock()
+    limit = count = 0
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **more: Any) -> Any:
+            nonlocal count
+            with lock:
+                count += 1
+                if count > limit:
+                    raise CrashError
+            return function(*given, **more)
+
+        return call
+
+    for name in syscalls.MUTATING:
+        monkeypatch.setattr(syscalls, name, counted(getattr(syscalls, name)))
+    crashes = 0
+    while True:
+        root, count = str(tmp_path / f"store{limit}"), 0
+        try:
+            image = bring(Store(root), path, "app")
+            break
+        except CrashError:
+            crashes += 1
+        gc.collect()  # what the dead process held
+        point, limit = limit, 1 << 40
+        store = Store(root)
+        for found in store.images():
+            assert found.digest == made.digest
+            assert list(collect.verify(store, found)) == []
+        for chain in layer_names(store):
+            assert list(collect.verify_layer(store, f"sha256:{chain}")) == []
+        if point % 2 == 0:
+            check(store, bring(store, path, "app"), made)
+        limit = point + 3
+    assert image.digest == made.digest
+    assert crashes > 20
 
 
 def test_two_processes_at_once(store: Store, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import secrets
 import stat
 from collections.abc import Iterator
 from typing import Final, NamedTuple
@@ -171,13 +173,25 @@ def stream(fd: Fd) -> Readable:
 
 def spooled(found: Iterator[bytes], spool: Fd) -> Fd:
     """Pieces in a file without a name, in the directory `spool`."""
-    made = syscalls.tmpfile_at(spool.fd, 0o600)
+    made = _nameless(spool)
     at = 0
     for piece in found:
         view = memoryview(piece)
         while view:
             count = syscalls.pwrite(made.fd, view, at)
             at, view = at + count, view[count:]
+    return made
+
+
+def _nameless(spool: Fd) -> Fd:
+    try:
+        return syscalls.tmpfile_at(spool.fd, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            raise
+    name = b"spool-" + secrets.token_hex(8).encode()
+    made = syscalls.create_at(spool.fd, name, 0o600)
+    syscalls.unlink_at(spool.fd, name)
     return made
 
 

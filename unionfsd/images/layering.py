@@ -107,6 +107,7 @@ class Layering:
     def _there(self, wanted: Wanted) -> bool:
         if self._store.layer(wanted.chain) is None:
             return False
+        self._store.link(wanted.chain)  # it was published before a crash, perhaps
         if self._keep and not self._store.has_blob(wanted.descriptor.digest):
             self._events.begin(wanted.label, "download", wanted.descriptor.size)
             with self._store.incoming(wanted.descriptor.digest) as incoming:

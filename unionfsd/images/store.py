@@ -85,9 +85,11 @@ class Stage:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if not self.keep:
-            beneath.remove(self._store.stage.fd, self._name)
-        self.fd.close()
+        try:
+            if not self.keep:
+                beneath.remove(self._store.stage.fd, self._name)
+        finally:
+            self.fd.close()
 
 
 class Store:
@@ -96,7 +98,8 @@ class Store:
     def __init__(self, root: str) -> None:
         self.root = os.path.abspath(root)
         try:
-            os.makedirs(self.root, mode=0o711, exist_ok=True)
+            # For its owner alone: layers have setuid programs that nobody will mend (CVE-2021-41091 was Docker's).
+            os.makedirs(self.root, mode=0o700, exist_ok=True)
             self.fd = Fd(os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
             opened = [self._directory(name) for name in _DIRECTORIES]
             self.blobs, self.layers, self.links, self.containers, self.stage = opened
@@ -152,11 +155,12 @@ class Store:
             fd.close()
 
     def sweep(self, *, everything: bool = False) -> None:
-        """Remove stages that nobody holds; of blobs only with `everything`, since they can be gone on with."""
+        """Remove stages that nobody holds; blobs that can be gone on with only with `everything`."""
         for name in beneath.names(self.stage.fd):
-            if not everything and name.startswith(b"blob-"):
-                continue
             with contextlib.suppress(FileNotFoundError), Fd(os.open(name, _READ_DIR, dir_fd=self.stage.fd)) as fd:
+                begun = name.startswith(b"blob-") and beneath.lstat(fd.fd, b"data") is not None
+                if begun and not everything:
+                    continue
                 try:
                     fcntl.flock(fd.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
