@@ -171,7 +171,7 @@ class CopyUp:
         if marks is not None:
             return marks.digest
         with lower.layer.open_data(lower.open(self._fds), name) as fd:
-            measured = syscalls.measure_verity(fd.fd)
+            measured = verity.measure_verity(fd.fd)
         return None if measured is None else fmt.Digest(*measured)
 
     def _special(self, node: Node, lower: LowerDir, source: Fd, metadata: Metadata) -> None:

@@ -131,8 +131,12 @@ def _daemon(config: MountConfig, sender: int) -> int:
 
 
 def _close_all_but(sender: int, config: MountConfig) -> None:
-    """Close what we inherited, a lock or a pipe of the caller's perhaps, but for the standard streams and our own."""
-    keep = {0, 1, 2, sender, mounting.adoptable(config.mountpoint)}
+    """Close what we inherited, a lock or a pipe of the caller's perhaps, but for the standard streams and our own.
+
+    What `UNIONFSD_HOLD_FDS` names stays until we end: locks that say that the layers are in use (`images`).
+    """
+    held = os.environ.get("UNIONFSD_HOLD_FDS", "").split(",")
+    keep = {0, 1, 2, sender, mounting.adoptable(config.mountpoint), *(int(fd) for fd in held if fd.isdigit())}
     for fd in map(int, os.listdir("/proc/self/fd")):
         if fd not in keep:
             with contextlib.suppress(OSError):  # the one that listed the others is closed already

@@ -61,6 +61,11 @@ INDEX: Final = b"index"
 INCOMPAT: Final = b"incompat"
 VOLATILE: Final = b"volatile"
 
+#: Where an unprivileged unpacker keeps what it may not set (containers/storage pkg/idtools): owner, mode and type as
+#: ``UID:GID:MODE:TYPE``, and other attributes under their name with this prefix.
+OVERRIDE_STAT: Final = b"user.containers.override_stat"
+OVERRIDE: Final = b"user.containers.override_"
+
 ACL_ACCESS: Final = b"system.posix_acl_access"
 ACL_DEFAULT: Final = b"system.posix_acl_default"
 CAPABILITY: Final = b"security.capability"

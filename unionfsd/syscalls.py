@@ -333,24 +333,6 @@ def flag_ioctl(fd: int, command: int, data: bytes) -> bytes:
     return b"" if command in FLAG_CHANGES else bytes(argument[:size])
 
 
-_FS_IOC_MEASURE_VERITY: Final = 0xC0046686
-_VERITY_HEAD: Final = struct.Struct("=HH")
-_VERITY_MAX: Final = 64
-
-
-def measure_verity(fd: int) -> tuple[int, bytes] | None:
-    """(algorithm, digest) that fs-verity keeps for the readable file `fd`; None when it keeps none."""
-    argument = bytearray(_VERITY_HEAD.pack(0, _VERITY_MAX).ljust(_VERITY_HEAD.size + _VERITY_MAX, b"\0"))
-    try:
-        fcntl.ioctl(fd, _FS_IOC_MEASURE_VERITY, argument)
-    except OSError as exc:
-        if exc.errno in (errno.ENODATA, errno.ENOTTY, errno.EOPNOTSUPP, errno.EINVAL):
-            return None
-        raise
-    algorithm, size = _VERITY_HEAD.unpack_from(argument)
-    return algorithm, bytes(argument[_VERITY_HEAD.size : _VERITY_HEAD.size + size])
-
-
 _statx = _libc.statx
 _statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p)
 _STATX_BTIME: Final = 0x800

@@ -14,7 +14,6 @@ import errno
 import logging
 import os
 import stat
-from collections import OrderedDict
 from collections.abc import Iterator
 from functools import partial
 from typing import Final, NamedTuple, TypedDict, TypeVar
@@ -30,7 +29,7 @@ from .handles import Handles
 from .index import Index, open_index
 from .inodes import ROOT_ID, DirNode, Node, NodeTable, child, path_of, path_to
 from .layers import LayerStack, open_stack
-from .listing import Dirent, Listing
+from .listing import Dirent
 from .lookup import Hit, Resolver
 from .metadata import Keeping
 from .metrics import Counters, Holdings, Statistics
@@ -38,6 +37,7 @@ from .mutations import Caller, Mutations
 from .options import MountConfig, Verity
 from .owners import Owners, StatLike, keep_owners
 from .places import Places, fail
+from .readers import Readers
 from .refresh import Memory
 from .renames import Renames
 from .steps import Blocking, FrozenError, Gate, Op
@@ -48,12 +48,6 @@ __all__ = ["ROOT_ID", "Attr", "Caller", "Dirent", "Found", "SetAttr", "StatLike"
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
-
-#: Snapshots of directories kept for readers in the middle of them; one that was dropped is made anew.
-_MAX_READERS: Final = 64
-#: Entries that are looked up with their listing whether or not anybody wants them; more, once so many were sought.
-_FEW: Final = 10_000
-_SOUGHT: Final = 64
 
 
 class Found(NamedTuple):
@@ -82,7 +76,7 @@ class Union:
         self._resolver = Resolver(stack, self._fds, **_rules(config))
         self._resolver.index = self._index = index
         root = self._resolver.root()
-        self._readers: OrderedDict[DirNode, None] = OrderedDict()
+        self._readers = Readers(self._resolver)
         self._table = NodeTable(root.entry, root.ino, self._fds, self._dropped)
         owners = Owners(config)
         guard = Guard(self._resolver, work)
@@ -128,7 +122,7 @@ class Union:
 
     def _dropped(self, node: DirNode) -> None:
         self._resolver.released(node)
-        self._end_reading(node)
+        self._readers.end(node)
 
     def freeze(self) -> None:
         """From now on no change begins; what has begun is not waited for. Once at a time."""
@@ -401,31 +395,11 @@ class Union:
 
     def listdir(self, nodeid: int, cookie: int) -> Iterator[Dirent]:
         """The entries after `cookie`, of a fresh snapshot when it is 0; "." and ".." come first."""
-        node = self._table.directory(nodeid)
-        if node.snapshot is None or cookie == 0:
-            node.snapshot = self._resolver.listing(node)
-            self._readers[node] = None
-            if len(self._readers) > _MAX_READERS:
-                self._readers.popitem(last=False)[0].snapshot = None
-        return self._read_on(node, node.snapshot, cookie)
+        return self._readers.read(self._table.directory(nodeid), cookie)
 
     def eager(self, nodeid: int) -> bool:
-        """Whether who lists the directory is better told everything of its entries, and not their names alone.
-
-        So it is unless they are many; then, if entries have been looked up.
-        """
-        node = self._table.directory(nodeid)
-        few = node.snapshot is None or len(node.snapshot) <= _FEW
-        return few or (node.children is not None and len(node.children) >= _SOUGHT)
-
-    def _read_on(self, node: DirNode, snapshot: Listing, cookie: int) -> Iterator[Dirent]:
-        yield from snapshot.after(cookie)
-        if node.snapshot is snapshot:
-            self._end_reading(node)
-
-    def _end_reading(self, node: DirNode) -> None:
-        self._readers.pop(node, None)
-        node.snapshot = None
+        """Whether who lists the directory is better told everything of its entries, and not their names alone."""
+        return self._readers.eager(self._table.directory(nodeid))
 
     def parent(self, nodeid: int) -> int:
         """nodeid of the directory that "." of `nodeid` has as ".."; the root is its own."""
@@ -434,7 +408,7 @@ class Union:
 
     def releasedir(self, nodeid: int) -> None:
         """No reader is in the middle of the directory's listing any more."""
-        self._end_reading(self._table.directory(nodeid))
+        self._readers.end(self._table.directory(nodeid))
 
     # The mount as a whole.
 

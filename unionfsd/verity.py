@@ -7,13 +7,13 @@ blocks of 4096 bytes and no salt, as `fsverity digest` prints it and mkcomposefs
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import logging
 import os
 import struct
 from typing import TYPE_CHECKING, Final
 
-from . import syscalls
 from .format import Digest
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _BLOCK: Final = 4096
+_FS_IOC_MEASURE_VERITY: Final = 0xC0046686
+_VERITY_HEAD: Final = struct.Struct("=HH")
+_VERITY_MAX: Final = 64
 _READ: Final = 256 * _BLOCK
 #: FS_VERITY_HASH_ALG_* to the name in hashlib.
 _ALGORITHMS: Final = {1: "sha256", 2: "sha512"}
@@ -34,7 +37,7 @@ _DESCRIPTOR: Final = struct.Struct("<BBBBIQ64s32s144s")
 
 def check(fd: Fd, wanted: Digest, path: str) -> None:
     """See that the data of the readable `fd` has the digest `wanted`; EIO, logged with `path`, when it has not."""
-    found = syscalls.measure_verity(fd.fd)
+    found = measure_verity(fd.fd)
     if found is None:
         found = wanted.algorithm, compute(fd.fd, wanted.algorithm)
     if found != wanted:
@@ -75,3 +78,16 @@ def _root(new: Callable[[bytes], hashlib._Hash], blocks: Iterable[bytes]) -> byt
 
 def _sum(new: Callable[[bytes], hashlib._Hash], data: bytes) -> bytes:
     return new(data).digest()
+
+
+def measure_verity(fd: int) -> tuple[int, bytes] | None:
+    """(algorithm, digest) that fs-verity keeps for the readable file `fd`; None when it keeps none."""
+    argument = bytearray(_VERITY_HEAD.pack(0, _VERITY_MAX).ljust(_VERITY_HEAD.size + _VERITY_MAX, b"\0"))
+    try:
+        fcntl.ioctl(fd, _FS_IOC_MEASURE_VERITY, argument)
+    except OSError as exc:
+        if exc.errno in (errno.ENODATA, errno.ENOTTY, errno.EOPNOTSUPP, errno.EINVAL):
+            return None
+        raise
+    algorithm, size = _VERITY_HEAD.unpack_from(argument)
+    return algorithm, bytes(argument[_VERITY_HEAD.size : _VERITY_HEAD.size + size])

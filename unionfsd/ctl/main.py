@@ -161,6 +161,12 @@ VERBS: Final[tuple[Verb, ...]] = (
         (Argument("shell", "bash, zsh or fish", {"choices": ("bash", "zsh", "fish")}),),
         "completion",
     ),
+    Verb(
+        "image",
+        "import, show, mount and make images of containers",
+        (Argument("words", "see unionfsctl image --help", {"nargs": "..."}),),
+        "image",
+    ),
     Verb("discover", "all methods of the control socket, as OpenRPC", (_PATH,)),
     Verb(
         "call",
@@ -201,6 +207,8 @@ def _run(arguments: list[str]) -> int:
     if arguments in (["--version"], ["-V"]):
         print(f"unionfsctl {__version__}")
         return 0
+    if arguments[:1] == ["image"]:
+        return _image(arguments[1:])
     given = parser().parse_args(arguments)
     from importlib import import_module
 
@@ -218,6 +226,19 @@ def _run(arguments: list[str]) -> int:
         raise
     except OSError as error:
         raise UserError(str(error), code=INTERNAL) from error
+    return code
+
+
+def _image(arguments: list[str]) -> int:
+    from unionfsd.ctl import image
+
+    try:
+        code = image.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(str(error), code=1) from error
     return code
 
 

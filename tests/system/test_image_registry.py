@@ -1,0 +1,447 @@
+"""Pulling from and pushing to the distribution's registry, with skopeo as the other client; signatures all the way."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+import pytest
+
+from tests import images
+from tests.harness import run, wait_for
+from tests.images import Made, directory, member, tar
+from unionfsd.ctl.main import main
+from unionfsd.errors import UserError
+from unionfsd.images import collect, documents, importing, policy, pushing, reference, registry, sources, trust
+from unionfsd.images import digest as digests
+from unionfsd.images.admission import admit, check
+from unionfsd.images.auth import Credentials
+from unionfsd.images.events import Events
+from unionfsd.images.registry import Registry, RegistryError
+from unionfsd.images.store import Image, Store
+from unionfsd.images.trust import Signature, UntrustedError
+
+BASE: Final = tar([directory("bin"), member("bin/sh", mode=0o755, data=b"shell"), member("a", data=b"a")])
+TOP: Final = tar([member(".wh.a"), member("b", data=os.urandom(3 << 20))])
+AMD64: Final = {"os": "linux", "architecture": "amd64"}
+TOKEN: Final = "t0ken"
+Connect = Callable[..., registry.Remote]
+# Of "secret", by bcrypt.
+PASSWORD: Final = "me:$2b$05$abcdefghijklmnopqrstuuOQiyCxlgf/oeuTqixKmWdcYUh4Hjl0a\n"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def serving(root: Path, auth: str = "") -> Iterator[str]:
+    """A registry that keeps its blobs in `root`; HOST:PORT."""
+    port = free_port()
+    (root / "config.yml").write_text(
+        f"version: 0.1\nlog: {{level: error, accesslog: {{disabled: true}}}}\n"
+        f"storage: {{filesystem: {{rootdirectory: {root}/data}}}}\nhttp: {{addr: '127.0.0.1:{port}'}}\n{auth}"
+    )
+    with open(root / "log", "w") as log:
+        process = subprocess.Popen(["docker-registry", "serve", str(root / "config.yml")], stdout=log, stderr=log)
+    try:
+        wait_for(lambda: _answers(port), f"the registry does not start: {(root / 'log').read_text()}")
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _answers(port: int) -> bool:
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/", timeout=1).close()
+    except urllib.error.HTTPError as error:
+        error.close()
+        return True
+    except OSError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[str]:
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as root, serving(Path(root)) as address:
+        yield address
+
+
+class Between(BaseHTTPRequestHandler):
+    """Stands before a registry: wants a token, and cuts the first answers of blobs off."""
+
+    protocol_version = "HTTP/1.0"
+    behind: ClassVar[str]
+    cuts: ClassVar[int]
+    ranges: ClassVar[list[str]]
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/token"):
+            self._token()
+        elif self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self.send_response(401)
+            here = f"http://{self.headers['Host']}/token"
+            self.send_header("WWW-Authenticate", f'Bearer realm="{here}",service="test",scope="x"')
+            self.end_headers()
+        else:
+            self._pass_on()
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def _token(self) -> None:
+        given = base64.b64decode(self.headers.get("Authorization", "").removeprefix("Basic "))
+        self.send_response(200 if given == b"me:secret" else 401)
+        self.end_headers()
+        self.wfile.write(json.dumps({"token": TOKEN}).encode())
+
+    def _pass_on(self) -> None:
+        headers = {key: value for key, value in self.headers.items() if key in ("Accept", "Range")}
+        request = urllib.request.Request(f"http://{self.behind}{self.path}", headers=headers, method=self.command)
+        try:
+            answer = urllib.request.urlopen(request)
+        except urllib.error.HTTPError as error:
+            answer = error
+        with answer:
+            body = answer.read()
+            self.send_response(answer.status)
+            for key in ("Content-Type", "Content-Length", "Content-Range"):
+                if key in answer.headers:
+                    self.send_header(key, answer.headers[key])
+            self.end_headers()
+        if "/blobs/" in self.path and len(body) > 100_000:
+            type(self).ranges.append(self.headers.get("Range", ""))
+            if self.cuts > 0:
+                type(self).cuts -= 1
+                body = body[: len(body) // 3]
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def between(host: str) -> Iterator[tuple[str, type[Between]]]:
+    """HOST:PORT of a proxy before the registry, and its handler."""
+    handler = type("Handler", (Between,), {"behind": host, "cuts": 0, "ranges": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    yield f"127.0.0.1:{server.server_address[1]}", handler
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "store"))
+
+
+def bring(store: Store, source: sources.Source, *names: str, **more: Any) -> Image:
+    return importing.import_image(store, source, importing.names_for(source, list(names)), **more)
+
+
+def local(store: Store, made: Made, path: Path, *names: str) -> Image:
+    return bring(store, sources.open_source(f"oci:{made.oci(path)}", store.stage, AMD64).source, *names)
+
+
+@pytest.fixture
+def remote() -> Iterator[Callable[..., registry.Remote]]:
+    """Connects to an image in a registry."""
+    with contextlib.ExitStack() as stack:
+
+        def remote(name: str, mirrors: Sequence[str] = ()) -> registry.Remote:
+            found = registry.connect(reference.name(name), mirrors, AMD64, plain_http=False)
+            stack.enter_context(found.registry)
+            return found
+
+        yield remote
+
+
+def pushed(store: Store, made: Made, path: Path, name: str) -> Image:
+    image = local(store, made, path, name)
+    with Registry(reference.name(name), push=True) as target:
+        pushing.push(store, image, target, Events())
+    return image
+
+
+def test_skopeo_copies_what_we_pushed_and_we_pull_what_it_did(
+    store: Store, host: str, tmp_path: Path, remote: Connect
+) -> None:
+    made = Made([BASE, TOP])
+    pushed(store, made, tmp_path / "oci", f"{host}/a/ours:1")
+    run("skopeo", "copy", "--src-tls-verify=false", f"docker://{host}/a/ours:1", f"dir:{tmp_path}/copied")
+    assert (tmp_path / "copied" / "manifest.json").read_bytes() == made.manifest
+    run("skopeo", "copy", "--dest-tls-verify=false", f"dir:{tmp_path}/copied", f"docker://{host}/theirs:2")
+    again = Store(str(tmp_path / "again"))
+    image = bring(again, remote(f"{host}/theirs:2"))
+    assert image.names == (f"{host}/theirs:2",)
+    assert image.digest == made.digest
+    assert list(collect.verify(again, image)) == []
+    by_digest = bring(again, remote(f"{host}/theirs@{made.digest}"))
+    assert by_digest.digest == made.digest
+
+
+def test_the_command_line(host: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = Made([BASE])
+    layout, root = made.oci(tmp_path / "oci"), f"--root={tmp_path}/store"
+    assert main(["image", "import", root, str(layout), "--name", f"{host}/cli:1"]) == 0
+    assert main(["image", "push", root, f"{host}/cli:1"]) == 0
+    assert main(["image", "pull", f"--root={tmp_path}/other", f"docker://{host}/cli:1", "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out[said.out.index("{") :])["digest"] == made.digest
+    events = [json.loads(line) for line in said.err.splitlines() if line.startswith("{")]
+    assert [event["event"] for event in events][:1] == ["begin"]
+    assert main(["image", "pull", root, f"docker://{host}/none:1"]) == 1
+    assert "404" in capsys.readouterr().err
+
+
+def test_an_index_in_a_registry(store: Store, host: str, tmp_path: Path, remote: Connect) -> None:
+    made = Made([BASE])
+    name = reference.name(f"{host}/multi:1")
+    pushed(store, made, tmp_path / "oci", str(name._replace(tag="amd64")))
+    entry = {**images.descriptor(documents.OCI_MANIFEST, made.manifest), "platform": AMD64}
+    index = json.dumps({"schemaVersion": 2, "mediaType": documents.OCI_INDEX, "manifests": [entry]}).encode()
+    with Registry(name, push=True) as target:
+        target.put_manifest(index, documents.OCI_INDEX, "1")
+    assert bring(Store(str(tmp_path / "again")), remote(str(name))).digest == made.digest
+
+
+def test_tokens_and_lines_that_break(
+    store: Store,
+    host: str,
+    between: tuple[str, type[Between]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    remote: Connect,
+) -> None:
+    made = Made([BASE, TOP])
+    pushed(store, made, tmp_path / "oci", f"{host}/broken:1")
+    proxy, handler = between
+    file = tmp_path / "auth.json"
+    monkeypatch.setenv("REGISTRY_AUTH_FILE", str(file))
+    file.write_text("{}")
+    with pytest.raises(RegistryError, match="401"):
+        remote(f"{proxy}/broken:1")
+    file.write_text(json.dumps({"auths": {proxy: {"auth": base64.b64encode(b"me:secret").decode()}}}))
+    handler.cuts = 2
+    again = Store(str(tmp_path / "again"))
+    image = bring(again, remote(f"{proxy}/broken:1"))
+    assert list(collect.verify(again, image)) == []
+    assert handler.ranges[0] == ""
+    assert all(each.startswith("bytes=") and each != "bytes=0-" for each in handler.ranges[1:])
+    assert len(handler.ranges) == 3
+
+
+def test_an_interrupted_pull_goes_on_where_it_was(
+    store: Store,
+    host: str,
+    between: tuple[str, type[Between]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    remote: Connect,
+) -> None:
+    made = Made([BASE, TOP])
+    pushed(store, made, tmp_path / "oci", f"{host}/killed:1")
+    proxy, handler = between
+    monkeypatch.setattr("unionfsd.images.auth.find", lambda repository: Credentials("me", "secret"))
+    handler.cuts = 1000
+    again = Store(str(tmp_path / "again"))
+    with pytest.raises(UserError, match="broke off"):
+        bring(again, remote(f"{proxy}/killed:1"))
+    assert again.images() == []
+    handler.cuts = 0
+    handler.ranges.clear()
+    image = bring(again, remote(f"{proxy}/killed:1"))
+    assert list(collect.verify(again, image)) == []
+    assert handler.ranges[0].startswith("bytes=")
+    assert os.listdir(Path(again.root) / "stage") == []
+
+
+def test_mirrors_are_asked_first(store: Store, host: str, tmp_path: Path, remote: Connect) -> None:
+    made = Made([BASE])
+    pushed(store, made, tmp_path / "oci", f"{host}/library/thing:1")
+    dead = f"127.0.0.1:{free_port()}"
+    image = bring(Store(str(tmp_path / "again")), remote("thing:1", mirrors=[dead, host]))
+    assert image.digest == made.digest
+    assert image.names == ("docker.io/library/thing:1",)
+
+
+def test_a_password(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "htpasswd").write_text(PASSWORD)
+    auth = f"auth: {{htpasswd: {{realm: here, path: {tmp_path}/htpasswd}}}}\n"
+    with serving(tmp_path, auth) as host:
+        monkeypatch.setattr("unionfsd.images.auth.find", lambda repository: Credentials("me", "wrong"))
+        with pytest.raises(RegistryError, match="401"):
+            pushed(store, Made([BASE]), tmp_path / "oci", f"{host}/secret:1")
+        monkeypatch.setattr("unionfsd.images.auth.find", lambda repository: Credentials("me", "secret"))
+        pushed(store, Made([BASE]), tmp_path / "oci", f"{host}/secret:1")
+
+
+# Signatures.
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two key pairs of each kind, by openssl: KIND.key, KIND.pub, and other-KIND."""
+    root = tmp_path_factory.mktemp("keys")
+    kinds = {"ec": ["EC", "-pkeyopt", "ec_paramgen_curve:P-256"], "rsa": ["RSA"], "ed25519": ["ED25519"]}
+    for kind, words in kinds.items():
+        for name in (kind, f"other-{kind}"):
+            run("openssl", "genpkey", "-algorithm", *words, "-out", root / f"{name}.key")
+            run("openssl", "pkey", "-in", root / f"{name}.key", "-pubout", "-out", root / f"{name}.pub")
+    return root
+
+
+@pytest.mark.parametrize("kind", ["ec", "rsa", "ed25519"])
+def test_openssl_and_we_agree_about_signatures(keys: Path, tmp_path: Path, kind: str) -> None:
+    digest, name = digests.of(b"manifest"), "example.com/app:1"
+    ours = trust.sign(str(keys / f"{kind}.key"), name, digest)
+    (tmp_path / "payload").write_bytes(ours.payload)
+    (tmp_path / "signature").write_bytes(ours.signature)
+    raw = ["-rawin"] if kind == "ed25519" else ["-rawin", "-digest", "sha256"]
+    files = ["-in", str(tmp_path / "payload")]
+    verifying = ["-verify", "-pubin", "-inkey", str(keys / f"{kind}.pub"), "-sigfile", str(tmp_path / "signature")]
+    run("openssl", "pkeyutl", *verifying, *raw, *files)
+    # The example of the specification (SIGNATURE_SPEC.md, "Simple Signing"), about this digest.
+    example = (
+        '{\n    "critical": {\n        "identity": {\n            "docker-reference": "example.com/app"\n        },\n'
+        f'        "image": {{\n            "docker-manifest-digest": "{digest}"\n        }},\n'
+        '        "type": "cosign container image signature"\n    },\n    "optional": {\n'
+        '        "creator": "Bob the Builder",\n        "timestamp": 1458239713\n    }\n}\n'
+    )
+    (tmp_path / "payload").write_text(example)
+    run("openssl", "pkeyutl", "-sign", "-inkey", keys / f"{kind}.key", *raw, *files, "-out", tmp_path / "signature")
+    theirs = Signature(example.encode(), (tmp_path / "signature").read_bytes())
+    assert trust.verify([theirs], [str(keys / f"{kind}.pub")], digest, [name]) == theirs
+    for signature in (ours, theirs):
+        with pytest.raises(UntrustedError, match="key"):
+            trust.verify([signature], [str(keys / f"other-{kind}.pub")], digest, [name])
+        with pytest.raises(UntrustedError, match="another image"):
+            trust.verify([signature], [str(keys / f"{kind}.pub")], digests.of(b"other"), [name])
+        with pytest.raises(UntrustedError, match="signed as"):
+            trust.verify([signature], [str(keys / f"{kind}.pub")], digest, ["example.com/other:1"])
+        changed = signature._replace(payload=signature.payload.replace(b"app", b"abb"))
+        with pytest.raises(UntrustedError, match="key"):
+            trust.verify([changed], [str(keys / f"{kind}.pub")], digest, [name])
+
+
+def rules(path: Path, keys: Path, pattern: str) -> policy.Policy:
+    path.write_text(
+        f'default = "reject"\n[[rule]]\nname = "{pattern}"\naction = "signed"\nkeys = ["{keys}/ec.pub"]\n'
+        '[[rule]]\nname = "localhost/*"\naction = "accept"\n'
+    )
+    return policy.load(str(path), "/nowhere")
+
+
+def test_only_what_is_signed_comes_in(store: Store, host: str, keys: Path, tmp_path: Path, remote: Connect) -> None:
+    made = Made([BASE])
+    name = f"{host}/prod/app:1"
+    image = pushed(store, made, tmp_path / "oci", name)
+    wanted = rules(tmp_path / "policy.toml", keys, f"{host}/prod/*")
+    again = Store(str(tmp_path / "again"))
+
+    def pull(*names: str) -> Image:
+        source = remote(name)
+        given = importing.names_for(source, list(names))
+        return bring(again, source, *names, allowed=lambda source: admit(again, source, given, wanted))
+
+    for names in ((), ("localhost/free:1",)):
+        with pytest.raises(UntrustedError, match="no signature"):
+            pull(*names)
+    trust.keep(store, image.digest, [trust.sign(str(keys / "other-ec.key"), name, image.digest)])
+    with Registry(reference.name(name), push=True) as target:
+        pushing.push(store, image, target, Events())
+        with pytest.raises(UntrustedError, match="key"):
+            pull()
+        assert again.images() == []
+        trust.keep(store, image.digest, [trust.sign(str(keys / "ec.key"), name, image.digest)])
+        pushing.push(store, image, target, Events())
+    assert pull().digest == made.digest
+    check(again, again.image(name), wanted)
+    # Tampered with in the store: the signature, the layer, the configuration.
+    facts = Path(again.diff_path(made.chain_ids[0])).parent / "layer.json"
+    facts.write_text(facts.read_text().replace(made.diff_ids[0], digests.of(b"other")))
+    with pytest.raises(UserError, match="not that of the image"):
+        check(again, again.image(name), wanted)
+    config = Path(again.blob_path(digests.of(made.config)))
+    config.write_bytes(config.read_bytes() + b" ")
+    with pytest.raises(UserError, match="damaged"):
+        again.image(name)
+    (signatures,) = (Path(again.root) / "signatures").iterdir()
+    signatures.unlink()
+    with pytest.raises(UntrustedError):
+        wanted.check([name], made.digest, trust.kept(again, made.digest))
+    with pytest.raises(UntrustedError, match="rejected"):
+        wanted.check(["docker.io/library/app:1"], made.digest, [])
+
+
+def test_signatures_travel_in_a_layout(store: Store, keys: Path, tmp_path: Path) -> None:
+    made = Made([BASE])
+    name = "example.com/app:1"
+    image = local(store, made, tmp_path / "oci", name)
+    root = f"--root={store.root}"
+    assert main(["image", "sign", root, name, "--key", str(keys / "ec.key")]) == 0
+    assert main(["image", "verify-signature", root, name, "--key", str(keys / "ec.pub")]) == 0
+    assert main(["image", "verify-signature", root, name, "--key", str(keys / "other-ec.pub")]) == 1
+    assert main(["image", "export", root, name, f"oci:{tmp_path}/out:{name}"]) == 0
+    rules(tmp_path / "policy.toml", keys, "example.com/*")
+    more = [f"--policy={tmp_path}/policy.toml", f"--root={tmp_path}/again"]
+    assert main(["image", "import", *more, f"oci:{tmp_path}/out:{name}"]) == 0
+    assert main(["image", "import", *more, f"oci:{tmp_path}/oci", "--name", name]) == 1
+    assert trust.kept(Store(f"{tmp_path}/again"), image.digest)
+
+
+@pytest.mark.parametrize("found_by", ["tag", "referrers"])
+def test_a_signed_index_vouches_for_what_is_in_it(
+    store: Store, host: str, keys: Path, tmp_path: Path, remote: Connect, found_by: str
+) -> None:
+    made, stranger = Made([BASE]), Made([TOP])
+    name = reference.name(f"{host}/indexed-{found_by}/app:1")
+    entry = {**images.descriptor(documents.OCI_MANIFEST, made.manifest), "platform": AMD64}
+    index = json.dumps({"schemaVersion": 2, "mediaType": documents.OCI_INDEX, "manifests": [entry]}).encode()
+    signature = trust.sign(str(keys / "ec.key"), str(name), digests.of(index))
+    manifest, blobs = trust.manifest([signature])
+    pushed(store, made, tmp_path / "oci", str(name._replace(tag="amd64")))
+    with Registry(name, push=True) as target:
+        target.put_manifest(index, documents.OCI_INDEX, "1")
+        for digest, data in blobs.items():
+            target.upload(documents.Descriptor("", digest, len(data), {}), lambda data=data: iter([data]))  # type: ignore[misc]
+        if found_by == "tag":
+            target.put_manifest(manifest.raw, documents.OCI_MANIFEST, trust.tag(digests.of(index)))
+        else:
+            # As a registry without a list of referrers has it (distribution-spec, "Referrers Tag Schema").
+            subject = images.descriptor(documents.OCI_INDEX, index)
+            raw = documents.dump({**json.loads(manifest.raw), "subject": subject})
+            target.put_manifest(raw, documents.OCI_MANIFEST, digests.of(raw))
+            listed = {**images.descriptor(documents.OCI_MANIFEST, raw), "artifactType": trust.ARTIFACT}
+            referrers = {"schemaVersion": 2, "mediaType": documents.OCI_INDEX, "manifests": [listed]}
+            tag = digests.of(index).replace(":", "-")
+            target.put_manifest(documents.dump(referrers), documents.OCI_INDEX, tag)
+    wanted = rules(tmp_path / "policy.toml", keys, f"{host}/indexed-*")
+    again = Store(str(tmp_path / "again"))
+    image = bring(again, remote(str(name)), allowed=lambda source: admit(again, source, source.names, wanted))
+    check(again, image, wanted)
+    (kept,) = trust.kept(again, made.digest)
+    with pytest.raises(UntrustedError, match="another image"):
+        trust.verify([kept], [str(keys / "ec.pub")], stranger.digest, [str(name)])
+    other = kept._replace(signed_index=index.replace(made.digest.encode(), stranger.digest.encode()))
+    with pytest.raises(UntrustedError, match="another image"):
+        trust.verify([other], [str(keys / "ec.pub")], stranger.digest, [str(name)])

@@ -1,0 +1,258 @@
+"""Images with what others make of them: built by buildah, mounted as podman does, loaded by podman and skopeo."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from tests import harness
+from tests.harness import PROJECT, run, wait_for
+from tests.system import private
+from tests.trees import describe, fingerprint, walk
+from unionfsd.images.store import Store
+
+CONTAINERFILE: Final = """\
+FROM scratch
+COPY busybox /bin/busybox
+RUN ["/bin/busybox", "--install", "-s", "/bin"]
+RUN mkdir -p /etc /tmp /data/sub && echo 'root:x:0:0:root:/root:/bin/sh' >/etc/passwd && echo one >/data/one \
+  && echo two >/data/two && echo deep >/data/sub/deep && chmod 1777 /tmp \
+  && echo 'me:x:7:8:me:/home:/bin/sh' >>/etc/passwd
+RUN rm /data/two && echo more >>/data/one && ln /data/one /data/linked
+RUN rm -r /data/sub && mkdir /data/sub && echo new >/data/sub/new
+RUN mv /data/sub /data/moved && chmod 700 /data/moved && chown 5:6 /data/moved/new && ln -s moved /data/link
+RUN mkfifo /data/fifo && touch -d '2001-02-03 04:05:06' /data/old
+ENV WORD="two words" PATH=/bin
+WORKDIR /data
+CMD ["sh", "-c", "pwd; echo $WORD"]
+"""
+SOURCES: Final = ("docker-archive", "oci", "oci-archive", "dir")
+
+
+#: Runs a command where hybrid cgroups do not look like unified ones, which crun takes them for.
+UNIFIED: Final = (
+    *("unshare", "--mount", "--propagation=slave", "sh", "-c"),
+    *('! mountpoint -q /sys/fs/cgroup/unified || umount /sys/fs/cgroup/unified; exec "$@"', "sh"),
+)
+
+
+class Built:
+    """An image built by buildah in a store of containers/storage with native overlay, and written in every form."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._options = [f"--root={root}/storage", f"--runroot={root}/run", "--storage-driver=overlay"]
+        context = root / "context"
+        context.mkdir()
+        (context / "Containerfile").write_text(CONTAINERFILE)
+        shutil.copy("/bin/busybox", context / "busybox")
+        options = ["--layers", "--isolation=chroot", "--network=host", "--tag=built", "--format=oci"]
+        run("buildah", *self._options, "build", *options, context, seconds=100)
+        for transport in SOURCES:
+            path = root / transport
+            tag = ":tag" if transport.startswith("oci") else ":localhost/app:1" if transport == "docker-archive" else ""
+            self.podman("push", "--quiet", "localhost/built", f"{transport}:{path}{tag}")
+
+    def podman(self, *arguments: str | Path) -> str:
+        words = [*self._options, "--cgroup-manager=cgroupfs", "--events-backend=file", *arguments]
+        return run(*(UNIFIED if arguments[0] == "run" else ()), "podman", *words, seconds=100)
+
+    @contextlib.contextmanager
+    def mounted(self, name: str = "localhost/built") -> Iterator[Path]:
+        """Where podman mounts an image of its store."""
+        where = self.podman("image", "mount", name).strip().splitlines()[-1]
+        try:
+            yield Path(where)
+        finally:
+            self.podman("image", "unmount", name)
+
+
+@pytest.fixture(scope="module")
+def built() -> Iterator[Built]:
+    root = Path(tempfile.mkdtemp(prefix="unionfsd-", dir=harness.DISK))
+    try:
+        yield Built(root)
+    finally:
+        harness.remove(root)
+
+
+@pytest.fixture
+def image(disk: Path) -> Iterator[Any]:
+    """``unionfsctl image`` over a store of its own; the words it printed."""
+    root = disk / "store"
+
+    def image(*words: str | Path, code: int = 0) -> str:
+        verb, *rest = map(str, words)
+        command = [sys.executable, "-m", "unionfsd.ctl", "image", verb, "--root", str(root), *rest]
+        if "crun" in rest:
+            command = [*UNIFIED, *command]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+        assert done.returncode == code, f"{words}: exit {done.returncode}: {done.stderr}"
+        return done.stdout if code == 0 else done.stderr
+
+    yield image
+    for path in harness.mounts():
+        assert disk not in path.parents, f"{path} is still mounted"
+
+
+def view(root: Path) -> dict[bytes, dict[str, object]]:
+    """Everything a user can tell of a tree but the times of its root, by path."""
+    found = {path[len(os.fsencode(root)) :]: describe(path) for path in walk(root)}
+    del found[b""]  # podman makes the root of a layer that does not describe it 0555, whatever is below
+    for path, facts in found.items():
+        if facts["type"] == stat.S_IFDIR:
+            del facts["mtime_ns"]  # podman makes directories over that a layer only implies
+        full = os.fsencode(root) + path
+        if facts["type"] == stat.S_IFREG:
+            facts["content"] = Path(os.fsdecode(full)).read_bytes()
+    return found
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_our_root_is_podmans_root(built: Built, image: Any, disk: Path, source: str) -> None:
+    where = built.root / source
+    image("import", f"{source}:{where}", "--name", "app:1")
+    point = disk / "point"
+    point.mkdir()
+    image("mount", "app:1", point)
+    try:
+        ours = view(point)
+    finally:
+        image("umount", point)
+    with built.mounted() as theirs:
+        assert ours == view(theirs)
+    assert image("verify") == ""
+
+
+def test_podmans_store_is_mounted_in_place(built: Built, image: Any, disk: Path) -> None:
+    storage = built.root / "storage"
+    before = fingerprint(storage / "overlay-images")
+    point = disk / "point"
+    point.mkdir()
+    image("mount", f"containers-storage:{storage}@localhost/built", point)
+    try:
+        ours = view(point)
+    finally:
+        image("umount", point)
+    with built.mounted() as theirs:
+        assert ours == view(theirs)
+    assert fingerprint(storage / "overlay-images") == before
+
+
+def test_what_is_mounted_is_not_collected(built: Built, image: Any, disk: Path) -> None:
+    digest = image("import", built.root / "docker-archive", "--quiet").strip()
+    (disk / "point").mkdir()
+    image("mount", "localhost/app:1", disk / "point")
+    image("rm", digest)
+    assert "mounted and stay" in image("gc")
+    assert (disk / "point" / "data" / "one").read_text() == "one\nmore\n"
+    image("umount", disk / "point")
+    wait_for(lambda: "mounted" not in image("gc"), "layers stay in use after the unmount")
+    assert list(Store(str(disk / "store")).all_layers()) == []
+
+
+@pytest.mark.parametrize("runner", ["chroot", "crun"])
+def test_a_command_runs_in_a_root(built: Built, image: Any, runner: str) -> None:
+    image("import", built.root / "oci-archive", "--name", "app")
+    assert image("run", "--runner", runner, "app") == "/data\ntwo words\n"
+    script = "id -u; id -g; pwd; echo $A; echo x >/tmp/x && cat /tmp/x /data/linked"
+    options = ["--user", "me", "--workdir", "/etc", "--env", "A=b"]
+    said = image("run", "--runner", runner, *options, "app", "--", "sh", "-c", script)
+    assert said == "7\n8\n/etc\nb\nx\none\nmore\n"
+    image("run", "--runner", runner, "app", "--", "sh", "-c", "exit 3", code=3)
+    assert image("containers") == ""
+
+
+def test_stage_rootfs_takes_an_image(built: Built, image: Any, disk: Path) -> None:
+    image("import", built.root / "oci", "--name", "app")
+    private.install(disk / "unionfsd")
+    control = disk / "unionfsctl"
+    control.write_text(f'#!/bin/sh\nPYTHONPATH={PROJECT} exec {sys.executable} -m unionfsd.ctl "$@"\n')
+    control.chmod(0o755)
+    script = f'"{PROJECT}/scripts/stage-rootfs" -i app -r "$store" -- sh -c "cat /data/linked; echo new >/data/one"'
+    done = private.shell(script, UNIONFSD=disk / "unionfsd", UNIONFSCTL=control, store=disk / "store")
+    assert (done.returncode, done.stdout) == (0, "one\nmore\n"), done.stderr
+    assert image("verify") == ""
+
+
+CHANGE: Final = """
+echo x >/data/x; rm /data/moved/new /data/link; mv /data/moved /data/again; mkdir -p /a/b; echo y >/a/b/c
+chmod 600 /data/old; echo added >>/data/one; ln /data/x /data/y; rm -r /etc; mkdir /etc; echo z >/etc/z
+"""
+
+
+def test_what_is_committed_others_load_and_run(built: Built, image: Any, disk: Path) -> None:
+    image("import", built.root / "oci", "--name", "app")
+    image("run", "--name", "work", "app", "--", "sh", "-ec", CHANGE)
+    change = ["--change", 'Cmd=["cat","/data/one"]', "--change", "Env=WORD=new", "--timestamp", "1000000000"]
+    digest = image("commit", "work", "made:1", *change, "--quiet").strip()
+    assert image("commit", "work", "again:1", *change, "--quiet").strip() == digest
+    changes = set(image("diff", "app", "made:1").splitlines())
+    expected = {"A /data/x", "A /a", "A /a/b/c", "D /data/link", "D /data/moved", "A /data/again", "C /data/one"}
+    assert expected | {"C /data/old", "D /etc/passwd", "A /etc/z"} <= changes, "\n".join(sorted(changes))
+    assert not any("busybox" in line for line in changes)
+    tar = disk / "layer.tar"
+    diff_id = image("export-layer", "work", tar, "--timestamp", "1000000000").strip()
+    assert json.loads(image("inspect", "made:1", "--json"))["layers"][-1]["diff_id"] == diff_id
+    names = subprocess.run(["tar", "tf", tar], capture_output=True, text=True, check=True).stdout.split()
+    assert {"data/.wh.moved", "data/.wh.link", "etc/.wh.passwd", "etc/z"} <= set(names)
+    assert "etc/.wh..wh..opq" not in names
+    point = disk / "point"
+    point.mkdir()
+    image("mount", "made:1", point)
+    ours = view(point)
+    image("umount", point)
+    for to in (f"docker-archive:{disk}/a.tar:localhost/made:1", f"oci:{disk}/oci:1", f"oci-archive:{disk}/o.tar:1"):
+        image("export", "made:1", to)
+        inspected = json.loads(run("skopeo", "inspect", "--config", to))
+        assert inspected["rootfs"]["diff_ids"][-1] == diff_id
+    built.podman("load", "--quiet", f"--input={disk}/a.tar")
+    with built.mounted("localhost/made:1") as theirs:
+        assert view(theirs) == ours
+    options = ["--network=host", "--cgroups=disabled", "--rm", "--security-opt=seccomp=unconfined"]
+    options += ["--runtime=crun", "--ulimit=nofile=1024:1024", "--ulimit=nproc=4096:4096"]
+    assert built.podman("run", *options, "localhost/made:1") == "one\nmore\nadded\n"
+    unpacked = disk / "bundle"
+    run("umoci", "unpack", "--image", f"{disk}/oci:1", unpacked, seconds=100)
+    umocis = view(unpacked / "rootfs")
+    assert {path: facts.get("content") for path, facts in umocis.items()} == {
+        path: facts.get("content") for path, facts in ours.items()
+    }
+
+
+def test_skopeo_reads_the_store_itself(built: Built, image: Any, disk: Path) -> None:
+    image("import", built.root / "dir", "--name", "app:1")
+    run("skopeo", "copy", "--quiet", f"oci:{disk}/store:localhost/app:1", f"dir:{disk}/copied")
+    assert (disk / "copied" / "manifest.json").read_bytes() == (built.root / "dir" / "manifest.json").read_bytes()
+
+
+def test_an_ordinary_user_imports_and_verifies(built: Built, disk: Path) -> None:
+    disk.chmod(0o777)
+    shutil.copy(built.root / "docker-archive", disk / "a.tar")
+    (disk / "a.tar").chmod(0o644)
+    # As root first: an ordinary user may not read the interpreter's modules here, so they must be there already.
+    script = (
+        "import os, sys; from unionfsd.ctl.main import main\n"
+        "def both(where):\n"
+        "    archive, root = sys.argv[1], sys.argv[2] + where\n"
+        "    brought = main(['image', 'import', archive, '--quiet', '--root', root])\n"
+        "    return brought or main(['image', 'verify', '--root', root])\n"
+        "assert both('roots') == 0\n"
+        "os.setgid(54322); os.setuid(54321); raise SystemExit(both('mine'))"
+    )
+    command = [sys.executable, "-c", script, f"{disk}/a.tar", f"{disk}/"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    (layer,) = Path(f"{disk}/mine/layers").glob("*/diff/data/moved/new")
+    assert os.getxattr(layer, "user.containers.override_stat") == b"5:6:644:file"

@@ -1,0 +1,71 @@
+"""The command line of ``unionfsctl image``: its table, and what it prints and exits with."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from tests.images import Made, files
+from unionfsd.ctl.image import VERBS
+from unionfsd.ctl.main import Verb, main
+
+LAYERS = [files({"a": b"1"}), files({"b": b"2"})]
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
+def test_every_verb_has_its_function(verb: Verb) -> None:
+    function = verb.function.replace("-", "_") + "_"
+    assert callable(getattr(import_module(f"unionfsd.ctl.{verb.where}"), function))
+
+
+def test_images_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def image(verb: str, *words: str) -> str:
+        capsys.readouterr()
+        assert main(["image", verb, f"--root={tmp_path}/store", *words]) == 0
+        return capsys.readouterr().out
+
+    one, two = Made(LAYERS), Made(LAYERS[:1])
+    assert image("import", str(one.oci(tmp_path / "one")), "--name", "one") == one.digest + "\n"
+    image("import", str(two.oci(tmp_path / "two")), "--name", "two:2")
+    listed = {tuple(row["names"]): row["layers"] for row in json.loads(image("ls", "--json"))}
+    assert listed == {("localhost/one:latest",): 2, ("localhost/two:2",): 1}
+    assert [step["created_by"] for step in json.loads(image("history", "one", "--json"))] == ["step 1", "step 0"]
+    (top,) = json.loads(image("tree", "--json"))
+    assert (top["images"], top["children"][0]["images"]) == (["localhost/two:2"], ["localhost/one:latest"])
+    assert "└─" in image("tree")
+    assert image("diff", "two:2", "one") == "A /b\n"
+    assert image("diff", "one", "two:2") == "D /b\n"
+    used = {row["name"]: row["unique"] for row in json.loads(image("du", "--json"))}
+    assert used == {"localhost/one:latest": 1, "localhost/two:2": 0}
+    assert one.chain_ids[1][7:] in image("inspect", "one")
+    assert "image_env='PATH=/bin '" in image("config", "one", "--shell")
+    image("tag", "one", "three:3")
+    image("rm", "one")
+    assert "three:3" in image("ls")
+    image("rm", "three:3")
+    assert json.loads(image("gc", "--json"))["layers"] == [one.chain_ids[1]]
+    assert image("verify") == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["inspect", "none"], 1),
+        (["import", "oci:/not/there"], 2),
+        (["import", "/not/there"], 2),
+        (["export", "none", "/tmp/x"], 2),
+        (["frobnicate"], 2),
+        (["import", "--platform", "linux", "oci:/x"], 2),
+        (["start", "../.."], 1),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int) -> None:
+    assert (
+        main(["image", words[0], *([] if code == 2 and len(words) == 1 else [f"--root={tmp_path}"]), *words[1:]])
+        == code
+    )
+    assert capsys.readouterr().err.startswith("unionfsctl: ")

@@ -1,0 +1,56 @@
+"""Letting images in and out of the store under a policy: signatures found where the image is, judged, and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from unionfsd.errors import UserError
+from unionfsd.images import digest as digests
+from unionfsd.images import documents, pushing, trust
+from unionfsd.images.policy import Policy
+from unionfsd.images.registry import Remote
+from unionfsd.images.sources import Resolved, Source
+from unionfsd.images.store import Image, Store
+from unionfsd.images.trust import Signature
+
+
+def signatures_of(source: Source) -> list[Signature]:
+    """The signatures that stand beside an image, of its manifest or of the index it was found in."""
+    digest = source.manifest.digest
+    if isinstance(source, Remote):
+        found = pushing.signatures(source.registry, digest, None)
+        if digests.of(source.top) != digest:
+            found += pushing.signatures(source.registry, digests.of(source.top), source.top)
+        return found
+    return _in_layout(source, digest) if isinstance(source, Resolved) else []
+
+
+def _in_layout(source: Resolved, digest: str) -> list[Signature]:
+    found = []
+    for entry in source.beside:
+        name = entry.annotations.get(documents.REF_NAME, "")
+        if name == trust.tag(digest) or name.endswith(":" + trust.tag(digest)):
+            raw = source.blobs.document(entry.digest)
+            if digests.matches(entry.digest, raw):
+                found += trust.read(raw, source.blobs)
+    return found
+
+
+def admit(store: Store, source: Source, names: Sequence[str], policy: Policy) -> None:
+    """Keep the signatures of an image that `policy` lets in as `names`; UntrustedError for any other.
+
+    The names it has where it comes from count, too: another name is no way around a rule.
+    """
+    found = signatures_of(source)
+    every = list(dict.fromkeys([*names, *source.names]))
+    policy.check(every, source.manifest.digest, found)
+    trust.keep(store, source.manifest.digest, found)
+
+
+def check(store: Store, image: Image, policy: Policy) -> None:
+    """UserError unless `policy` allows an image of the store, and its layers are those its configuration names."""
+    policy.check(image.names, image.digest, trust.kept(store, image.digest))
+    for chain, diff_id in zip(image.config.chain_ids, image.config.diff_ids, strict=True):
+        layer = store.layer(chain)
+        if layer is None or layer.facts.get("diff_id") != diff_id:
+            raise UserError(f"{chain}: the layer in the store is not that of the image", hint="import the image again")

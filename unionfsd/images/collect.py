@@ -1,0 +1,143 @@
+"""What a store holds and for whom: removing images, collecting what nothing needs, sizes, verification."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from unionfsd import syscalls
+from unionfsd.errors import BUSY, UserError
+from unionfsd.images import containers, layering, tree, trust
+from unionfsd.images.compress import Verified
+from unionfsd.images.store import At, Image, Store, layer_name, possible_names
+from unionfsd.syscalls import Fd
+
+
+def remove(store: Store, text: str) -> tuple[list[str], bool]:
+    """Remove a name, or what a digest names with all its names; (names that went, whether the image went).
+
+    UserError when a container is made of it.
+    """
+    image = store.image(text)
+    gone = [name for name in image.names if name in possible_names(text)] or list(image.names)
+    if len(gone) < len(image.names):
+        for name in gone:
+            store.remove_name(name)
+        return gone, False
+    users = [container.name for container in containers.every(store) if container.image == image.digest]
+    if users:
+        raise UserError(f"{text}: in use by container {', '.join(users)}", hint="remove it first", code=BUSY)
+    store.remove_image(image.digest)
+    return gone, True
+
+
+class Collected(NamedTuple):
+    """What a collection removed; `bytes` counts blobs, and files of layers."""
+
+    layers: tuple[str, ...]
+    blobs: tuple[str, ...]
+    bytes: int
+    in_use: tuple[str, ...]
+
+
+def collect(store: Store) -> Collected:
+    """Remove layers and blobs of no image and no container, and what was left half made.
+
+    Never a layer that is mounted: those come back as `in_use`. UserError while an import runs.
+    """
+    with store.lock(shared=False, wait=False):
+        store.sweep(everything=True)
+        images = store.images()
+        kept = {layer_name(chain) for image in images for chain in image.config.chain_ids}
+        kept |= {layer_name(chain) for container in containers.every(store) for chain in container.layers}
+        blobs = {image.digest for image in images} | {container.image for container in containers.every(store)}
+        blobs |= {image.manifest.config.digest for image in images}
+        blobs |= {layer.digest for image in images for layer in image.manifest.layers}
+        gone = [chain for chain in store.all_layers() if layer_name(chain) not in kept]
+        sizes = {chain: _size(store, chain) for chain in gone}
+        removed = tuple(chain for chain in gone if store.remove_layer(chain))
+        used = tuple(chain for chain in gone if chain not in removed)
+        freed = sum(sizes[chain] for chain in removed)
+        dropped = tuple(digest for digest in store.all_blobs() if digest not in blobs)
+        freed += sum(store.remove_blob(digest) for digest in dropped)
+        trust.forget(store, {image.digest for image in images})
+    return Collected(removed, dropped, freed, used)
+
+
+class Usage(NamedTuple):
+    """Bytes of an image: files of its layers, of those no other image has, and its layers as they came."""
+
+    image: Image
+    layers: int
+    unique: int
+    blobs: int
+
+
+def usage(store: Store) -> list[Usage]:
+    """What every image takes."""
+    images = store.images()
+    users = Counter(chain for image in images for chain in image.config.chain_ids)
+    sizes = {chain: _size(store, chain) for chain in users}
+    return [
+        Usage(
+            image,
+            sum(sizes[chain] for chain in image.config.chain_ids),
+            sum(sizes[chain] for chain in image.config.chain_ids if users[chain] == 1),
+            sum(layer.size for layer in image.manifest.layers if store.has_blob(layer.digest)),
+        )
+        for image in images
+    ]
+
+
+def _size(store: Store, chain: str) -> int:
+    found = store.layer(chain)
+    return int(found.facts["size"]) if found else 0
+
+
+class Damage(NamedTuple):
+    """Something that is not as it was made: in `where`, a layer or a blob, the object `path` differs in `what`."""
+
+    where: str
+    path: str
+    what: str
+
+
+def verify(store: Store, image: Image, seen: Callable[[str], None] = lambda what: None) -> Iterator[Damage]:
+    """Everything of an image that is not what it was: documents, blobs, and every file of every layer, read again."""
+    for layer in image.manifest.layers:
+        if store.has_blob(layer.digest):
+            seen(layer.digest)
+            yield from _verify_blob(store, layer.digest, layer.size)
+    for chain in image.config.chain_ids:
+        seen(chain)
+        yield from verify_layer(store, chain)
+
+
+def _verify_blob(store: Store, digest: str, size: int) -> Iterator[Damage]:
+    with store.open_blob(digest) as fd:
+        try:
+            stream = Verified(At(fd.fd, 0), digest, size)
+            while stream.read(1 << 20):
+                pass
+        except UserError as error:
+            yield Damage(digest, "", error.message)
+
+
+def verify_layer(store: Store, chain: str) -> Iterator[Damage]:
+    """Everything of a layer that is not what its manifest says."""
+    try:
+        with store.open_diff(chain) as root, _private(root) as seen:
+            for difference in tree.compare(layering.read_manifest(store, chain), tree.lines(seen)):
+                yield Damage(chain, difference.path, difference.what)
+    except UserError as error:
+        yield Damage(chain, "", error.message)
+
+
+def _private(root: Fd) -> Fd:
+    """The directory again; through a private copy of its mount that keeps no access times, where that is allowed."""
+    try:
+        return syscalls.clone_mount(syscalls.proc_path(root.fd), syscalls.MOUNT_ATTR_NOATIME)
+    except OSError:
+        return syscalls.reopen(root.fd, os.O_PATH | os.O_DIRECTORY)

@@ -1,0 +1,292 @@
+"""From the stream of a layer to a layer of the store: verified on the way, unpacked, its tree written down, published.
+
+`fetch` may run for several layers of an image at once, `settle` only in their order: what a layer hides, and how
+directories look that it only implies, depends on the layers below it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, NamedTuple
+
+from unionfsd import syscalls
+from unionfsd.errors import UserError
+from unionfsd.images import beneath, compress, documents, store, tree
+from unionfsd.images import digest as digests
+from unionfsd.images.below import Below
+from unionfsd.images.compress import BrokenOffError, Readable, Verified
+from unionfsd.images.documents import Descriptor
+from unionfsd.images.events import Events
+from unionfsd.images.store import Incoming, Stage, Store
+from unionfsd.images.tarread import Limits, TarReader
+from unionfsd.images.unpack import Unpacker
+from unionfsd.syscalls import Fd
+
+_MANIFEST: Final = b"tree.zst"
+_ZSTD_LEVEL: Final = 3
+
+
+class Wanted(NamedTuple):
+    """A layer of an image: the blob, the DiffID it must have, its ChainID and that of the layer below it."""
+
+    descriptor: Descriptor
+    diff_id: str
+    chain: str
+    parent: str | None
+
+    @property
+    def label(self) -> str:
+        return self.descriptor.digest
+
+
+class Fetched(NamedTuple):
+    """A layer whose objects are made and whose whiteouts are yet to be."""
+
+    wanted: Wanted
+    stage: Stage
+    unpacker: Unpacker
+    diff: Fd
+
+
+#: Gives the bytes of a blob from a position on.
+Open = Callable[[Descriptor, int], Readable]
+
+
+class CancelledError(Exception):
+    """Another layer failed, or somebody interrupted us."""
+
+
+class Layering:
+    """The making of layers in `into`; `cancel` stops all of it."""
+
+    def __init__(self, into: Store, open_blob: Open, limits: Limits, events: Events, *, keep_blobs: bool) -> None:
+        self._store = into
+        self._open = open_blob
+        self._limits = limits
+        self._events = events
+        self._keep = keep_blobs
+        self._cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+    def _seen(self, label: str) -> Callable[[int], None]:
+        def seen(count: int) -> None:
+            if self._cancelled.is_set():
+                raise CancelledError
+            self._events.advance(label, count)
+
+        return seen
+
+    def fetch(self, wanted: Wanted) -> Fetched | None:
+        """Make the objects of a layer; None when the store has it. UserError for one that is not what it should be."""
+        if self._there(wanted):
+            return None
+        stage = self._store.make(b"layer-" + store.layer_name(wanted.chain))
+        try:
+            if self._there(wanted):  # another process made it while we waited
+                stage.__exit__()
+                return None
+            self._events.begin(wanted.label, "unpack", wanted.descriptor.size)
+            beneath.remove(stage.fd.fd, b"layer")
+            syscalls.mkdir_at(stage.fd.fd, b"layer", 0o711)
+            with syscalls.open_dir(stage.fd.fd, b"layer") as layer:
+                syscalls.mkdir_at(layer.fd, b"diff", 0o755)
+                diff = syscalls.open_dir(layer.fd, b"diff")
+            unpacker = Unpacker(diff, self._limits)
+            self._unpack(wanted, unpacker)
+            self._events.end(wanted.label)
+            return Fetched(wanted, stage, unpacker, diff)
+        except BaseException:
+            stage.__exit__()
+            raise
+
+    def _there(self, wanted: Wanted) -> bool:
+        if self._store.layer(wanted.chain) is None:
+            return False
+        self._store.link(wanted.chain)  # it was published before a crash, perhaps
+        if self._keep and not self._store.has_blob(wanted.descriptor.digest):
+            self._events.begin(wanted.label, "download", wanted.descriptor.size)
+            with self._store.incoming(wanted.descriptor.digest) as incoming:
+                if not incoming.complete:
+                    for _ in self._kept(wanted, incoming):
+                        pass
+            self._events.end(wanted.label)
+        else:
+            self._events.begin(wanted.label, "there", None)
+        return True
+
+    def _unpack(self, wanted: Wanted, unpacker: Unpacker) -> None:
+        descriptor = wanted.descriptor
+        if descriptor.media_type.endswith("+encrypted"):
+            raise UserError(f"{descriptor.digest}: an encrypted layer")
+        if not self._keep:
+            stream = Verified(self._open(descriptor, 0), descriptor.digest, descriptor.size, self._seen(wanted.label))
+            self._unpack_stream(wanted, stream, unpacker)
+            return
+        with self._store.incoming(descriptor.digest) as incoming:
+            if incoming.complete:
+                self._unpack_kept(wanted, unpacker)
+                return
+            if incoming.have and self._completed(wanted, incoming):
+                self._unpack_kept(wanted, unpacker)
+                return
+            try:
+                self._unpack_stream(wanted, _Iterated(self._kept(wanted, incoming)), unpacker)
+            except (BrokenOffError, CancelledError):
+                raise
+            except BaseException:
+                incoming.restart()
+                raise
+
+    def _unpack_kept(self, wanted: Wanted, unpacker: Unpacker) -> None:
+        descriptor = wanted.descriptor
+        with self._store.open_blob(descriptor.digest) as fd:
+            stream = Verified(store.At(fd.fd, 0), descriptor.digest, descriptor.size, self._seen(wanted.label))
+            self._unpack_stream(wanted, stream, unpacker)
+
+    def _completed(self, wanted: Wanted, incoming: Incoming) -> bool:
+        """Go on with a blob that was begun once; False when what there was, was wrong, and is gone."""
+        try:
+            for _ in self._kept(wanted, incoming):
+                pass
+        except BrokenOffError:
+            raise
+        except UserError:
+            return False
+        return True
+
+    def _kept(self, wanted: Wanted, incoming: Incoming) -> Iterator[bytes]:
+        """The bytes of a blob while they are written to the store: first what came before, then the rest."""
+        descriptor = wanted.descriptor
+        if incoming.have > descriptor.size:
+            incoming.restart()
+        had = incoming.have
+        stream = Verified(
+            _Tee(incoming, had, lambda: self._open(descriptor, had)),
+            descriptor.digest,
+            descriptor.size,
+            self._seen(wanted.label),
+        )
+        try:
+            while data := stream.read(compress.CHUNK):
+                yield data
+        except BrokenOffError:
+            raise
+        except UserError:
+            incoming.restart()
+            raise
+        incoming.commit(verified=True)
+
+    @staticmethod
+    def _unpack_stream(wanted: Wanted, stream: Readable, unpacker: Unpacker) -> None:
+        algorithm = digests.split(wanted.diff_id)[0]
+        with compress.Ahead(compress.pieces(stream)) as found:
+            source = compress.Source(found, unpacker._limits.size * 2, algorithm=algorithm)
+            reader = TarReader(source, unpacker._limits)
+            unpacker.unpack(reader)
+            source.drain()
+        if source.digest != wanted.diff_id:
+            raise UserError(f"{wanted.descriptor.digest}: unpacks to {source.digest}, and should to {wanted.diff_id}")
+
+    def settle(self, fetched: Fetched, parents: Sequence[str]) -> None:
+        """Finish a layer over its `parents`, the lowest first, and give it its place; on disk when this returns."""
+        wanted = fetched.wanted
+        with fetched.stage as stage:
+            fetched.unpacker.finish(Below([self._store.open_diff(chain) for chain in reversed(parents)]))
+            with syscalls.open_dir(stage.fd.fd, b"layer") as layer:
+                manifest = write_manifest(layer, fetched.diff, fetched.unpacker.digests)
+                facts = {
+                    "chain": wanted.chain,
+                    "diff_id": wanted.diff_id,
+                    "parent": wanted.parent,
+                    "size": fetched.unpacker.size,
+                    "tree": manifest,
+                    "notes": dict(fetched.unpacker.notes),
+                }
+                beneath.write_file(layer.fd, b"link", store.link_name(wanted.chain).encode())
+                lower = ":".join(f"l/{store.link_name(chain)}" for chain in reversed(parents))
+                beneath.write_file(layer.fd, b"lower", lower.encode())
+                beneath.write_file(layer.fd, b"layer.json", documents.dump(facts))
+            syscalls.syncfs(stage.fd.fd)
+            self._store.publish_layer(stage, wanted.chain)
+        for note, count in fetched.unpacker.notes.items():
+            self._events.note(f"{wanted.label}: not kept as it was, {count} times: {note}")
+
+
+class _Tee:
+    """What an incoming blob has, then what `rest` opens, which is written to it as it passes."""
+
+    def __init__(self, incoming: Incoming, had: int, rest: Callable[[], Readable]) -> None:
+        self._incoming = incoming
+        self._kept = incoming.reader()
+        self._left = had
+        self._rest = rest
+        self._stream: Readable | None = None
+
+    def read(self, size: int, /) -> bytes:
+        if self._left > 0:
+            data = self._kept.read(min(size, self._left))
+            self._left -= len(data)
+            return data
+        if self._stream is None:
+            self._stream = self._rest()
+        data = self._stream.read(size)
+        self._incoming.write(data)
+        return data
+
+
+class _Iterated:
+    """Pieces as a stream that gives each as it is."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+
+    def read(self, size: int, /) -> bytes:
+        return next(filter(None, self._pieces), b"")
+
+
+def write_manifest(layer: Fd, diff: Fd, known: dict[int, bytes] | None) -> str:
+    """Write the tree manifest of `diff` into the directory `layer`; returns its digest, before compression."""
+    import zstandard
+
+    made = hashlib.sha256()
+    compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compressobj()
+    with syscalls.create_at(layer.fd, _MANIFEST, 0o644) as fd:
+        at = 0
+        for batch in _batches(tree.lines(diff, known)):
+            made.update(batch)
+            at += syscalls.pwrite(fd.fd, compressor.compress(batch), at)
+        syscalls.pwrite(fd.fd, compressor.flush(), at)
+    return f"sha256:{made.hexdigest()}"
+
+
+def _batches(lines: Iterator[bytes]) -> Iterator[bytes]:
+    batch: list[bytes] = []
+    for line in lines:
+        batch.append(line)
+        if len(batch) == 1000:
+            yield b"".join(batch)
+            batch.clear()
+    yield b"".join(batch)
+
+
+def read_manifest(into: Store, chain: str) -> Iterator[bytes]:
+    """The lines of the tree manifest of a layer, verified by the end; UserError for a damaged one."""
+    found = into.layer(chain)
+    if found is None:
+        raise UserError(f"{chain}: not unpacked in {into.root}")
+    facts: dict[str, Any] = found.facts
+    with Fd(
+        os.open(os.path.join(os.path.dirname(into.diff_path(chain)), "tree.zst"), os.O_RDONLY | os.O_CLOEXEC)
+    ) as fd:
+        source = compress.Source(compress.pieces(store.At(fd.fd, 0)))
+        rest = b""
+        while piece := source.read(1 << 20):
+            *whole, rest = (rest + piece).split(b"\n")
+            yield from whole
+        if rest or source.digest != facts.get("tree"):
+            raise UserError(f"{chain}: the manifest of its tree is damaged")

@@ -1,0 +1,74 @@
+"""Pushing an image to a registry: blobs, several at a time, then the manifest, then its signatures."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+from collections.abc import Iterator
+
+from unionfsd.images import archives, documents, exporting, trust
+from unionfsd.images.compress import Verified
+from unionfsd.images.documents import Descriptor
+from unionfsd.images.events import Events
+from unionfsd.images.registry import Registry
+from unionfsd.images.store import Image, Store
+
+
+def push(store: Store, image: Image, registry: Registry, events: Events, *, at_once: int = 4) -> None:
+    """Push `image` as the name of `registry`; UserError when a layer is not there as it came."""
+    exporting.require_blobs(store, image)
+    *blobs, manifest = exporting.blobs(image)
+    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+        for done in [pool.submit(_upload, store, blob, registry, events) for blob in blobs]:
+            done.result()
+    reference = registry.name.tag or manifest.digest
+    registry.put_manifest(image.manifest.raw, image.manifest.media_type, reference)
+    _push_signatures(store, image, registry)
+
+
+def _upload(store: Store, blob: Descriptor, registry: Registry, events: Events) -> None:
+    if registry.has_blob(blob.digest):
+        events.begin(blob.digest, "there", None)
+        return
+    events.begin(blob.digest, "upload", blob.size)
+
+    def read() -> Iterator[bytes]:
+        with store.open_blob(blob.digest) as fd:
+            whole = archives.Slice(fd, 0, os.fstat(fd.fd).st_size)
+            stream = Verified(whole, blob.digest, blob.size, lambda count: events.advance(blob.digest, count))
+            while data := stream.read(1 << 18):
+                yield data
+
+    registry.upload(blob, read)
+    events.end(blob.digest)
+
+
+def _push_signatures(store: Store, image: Image, registry: Registry) -> None:
+    """Add the signatures of the manifest to those in the registry, under cosign's tag."""
+    mine = [each for each in trust.kept(store, image.digest) if each.signed_index is None]
+    if not mine:
+        return
+    every = list(dict.fromkeys([*signatures(registry, image.digest, None), *mine]))
+    manifest, blobs = trust.manifest(every)
+    for digest, data in blobs.items():
+        registry.upload(Descriptor("", digest, len(data), {}), lambda data=data: iter([data]))  # type: ignore[misc]
+    registry.put_manifest(manifest.raw, manifest.media_type, trust.tag(image.digest))
+
+
+def signatures(registry: Registry, digest: str, index: bytes | None) -> list[trust.Signature]:
+    """The signatures that a registry has of `digest`: by cosign's tag, and by what refers to it."""
+    found = []
+    raw = registry.find_manifest(trust.tag(digest))
+    if raw is not None:
+        found += trust.read(raw, registry, index)
+    for entry in registry.referrers(digest):
+        if entry.artifact_type == trust.ARTIFACT and entry.media_type == documents.OCI_MANIFEST:
+            raw = registry.find_manifest(entry.digest)
+            if raw is not None and _subject(raw) == digest:
+                found += trust.read(raw, registry, index)
+    return found
+
+
+def _subject(raw: bytes) -> str | None:
+    subject = documents.manifest(raw).subject
+    return subject.digest if subject is not None else None
