@@ -69,7 +69,8 @@ def nobody() -> Who:
 class Events:
     """The events of one mount. `who` is set by its transport: it says for whom the union is at work right now."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, always: bool = False) -> None:
+        """`always`: recording begins now, and never ends."""
         self.recording = False
         self.who: Callable[[], Who] = nobody
         self._ring: deque[Event] = deque(maxlen=RING)
@@ -77,6 +78,8 @@ class Events:
         self._until = 0.0
         self._wanted: list[Callable[[], None]] = []
         self._writers: OrderedDict[tuple[int, Who], None] = OrderedDict()
+        if always:
+            self.listen(always=True)
 
     def record(self, kind: str, path: bytes | None, to: bytes | None = None, *, fields: tuple[str, ...] = ()) -> None:
         """Keep an event, and wake who waits for one."""

@@ -68,7 +68,7 @@ class Union:
     ) -> None:
         self.config = config
         self.counters = Counters()
-        self.events = Events()
+        self.events = Events(always=config.events == "on")
         self.stack = stack
         self._work = work
         self._frozen: Gate | None = None
@@ -98,8 +98,6 @@ class Union:
             self._renames = Renames(self._resolver, self._table, work, copy_up, places, redirects=redirects)
         self._handles = Handles(self._resolver, self._table, self._fds, copy_up, guard, work, syncs=config.syncs)
         self._attributes = Attributes(self._resolver, self._handles, copy_up, owners, guard if work else None, config)
-        if config.events == "on":
-            self.events.listen(always=True)
 
     @classmethod
     def mount(cls, config: MountConfig) -> Union:
@@ -148,18 +146,20 @@ class Union:
             raise fail(errno.EROFS)
         return self._mutations
 
-    def _changed(self, kind: str, parent: DirNode, name: bytes) -> None:
+    def _changed(self, kind: str, parent: DirNode, name: bytes, to: tuple[DirNode, bytes] | None = None) -> None:
         if self.events.recording:
-            self.events.record(kind, path_to(parent, name))
+            self.events.record(kind, path_to(parent, name), None if to is None else path_to(*to))
 
     def _altered(self, kind: str, node: Node, *fields: str) -> None:
         if self.events.recording:
             self.events.record(kind, path_of(node), fields=fields)
 
     def _writing(self, node: Node, op: Op[T]) -> Op[T]:
-        """`op`, which writes to `node`, with its event."""
+        return self._written(node, op) if self.events.recording else op
+
+    def _written(self, node: Node, op: Op[T]) -> Op[T]:
         done = yield from op
-        if self.events.recording and self.events.is_first_write(node.nodeid):
+        if self.events.is_first_write(node.nodeid):
             self.events.record("write", path_of(node))
         return done
 
@@ -247,9 +247,8 @@ class Union:
         source, target = self._table.directory(parent), self._table.directory(newparent)
         self._change()
         yield from self._renames.rename(source, name, target, newname, flags)
-        if self.events.recording:
-            kind = "exchange" if flags & syscalls.RENAME_EXCHANGE else "rename"
-            self.events.record(kind, path_to(source, name), path_to(target, newname))
+        kind = "exchange" if flags & syscalls.RENAME_EXCHANGE else "rename"
+        self._changed(kind, source, name, (target, newname))
 
     def create(self, parent: int, name: bytes, mode: int, flags: int, caller: Caller) -> Op[Found]:
         """open(2) with O_CREAT: create the file unless it is there and O_EXCL is not asked for; counts an open."""
@@ -331,8 +330,6 @@ class Union:
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             self._change()
         yield from self._handles.open(self._table.get(nodeid), flags)
-        if flags & os.O_TRUNC:
-            self._altered("setattr", self._table.get(nodeid), "size")
 
     def release(self, nodeid: int) -> None:
         self._handles.release(self._table.get(nodeid))
@@ -346,13 +343,13 @@ class Union:
     def write(self, nodeid: int, data: bytes | bytearray | memoryview, offset: int) -> Op[int]:
         self._change()
         node = self._table.get(nodeid)
-        op = self._handles.write(node, data, offset)
-        return self._writing(node, op) if self.events.recording else op
+        return self._writing(node, self._handles.write(node, data, offset))
 
     def write_late(self, nodeid: int, data: memoryview, offset: int) -> Op[int]:
         """As `write`, of what the kernel has kept since it was written: the mtime, which it knows, is left alone."""
         self._change()
-        return self._handles.write_late(self._table.get(nodeid), data, offset)
+        node = self._table.get(nodeid)
+        return self._writing(node, self._handles.write_late(node, data, offset))
 
     def flush(self, nodeid: int) -> Op[None]:
         return self._handles.flush(self._table.get(nodeid))
@@ -383,9 +380,8 @@ class Union:
 
     def copy_file_range(self, source: int, offset: int, target: int, target_offset: int, length: int) -> Op[int]:
         self._change()
-        node = self._table.get(target)
-        op = self._handles.copy_file_range(self._table.get(source), offset, node, target_offset, length)
-        return self._writing(node, op)
+        read, written = self._table.get(source), self._table.get(target)
+        return self._writing(written, self._handles.copy_file_range(read, offset, written, target_offset, length))
 
     # Directories.
 
@@ -446,8 +442,8 @@ class Union:
 
     def holdings(self) -> Holdings:
         """What the mount holds now."""
-        known, fds, resolver = len(self._table), self._fds, self._resolver
-        return Holdings(known, len(fds), fds.capacity, *fds.usage(), *resolver.names_kept())
+        fds = self._fds
+        return Holdings(len(self._table), len(fds), fds.capacity, *fds.usage(), *self._resolver.names_kept())
 
     @property
     def abilities(self) -> Abilities | None:

@@ -276,8 +276,8 @@ METHODS: Final[tuple[Method, ...]] = (
         "counts those that were dropped before they could be told. A change has happened when its event is sent. `to` "
         "is the new name of a rename, an exchange or a link, `fields` what a setattr changed or the name of an xattr. "
         "The first write of a process to a file is an event, further ones are not; with `io=passthrough` the daemon "
-        "sees none. `pid` is as the daemon's pid namespace has it, 0 for pages that the kernel writes back, as it does "
-        "most with its writeback cache (`writeback=`), and null where the transport does not tell: pyfuse3 does not "
+        "sees none. `pid` is as the daemon's pid namespace has it; 0 for pages that the kernel writes back, as it does "
+        "most with its writeback cache (`writeback=`); and null where the transport does not tell: pyfuse3 does not "
         "for writes.",
     ),
     Method(
