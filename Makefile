@@ -26,7 +26,7 @@ demo: setup ## mount a container root of three layers, work in it, compare with 
 	@$(python) -m scripts.demo
 
 test: setup ## run the whole test suite (as root: mounting needs it)
-	$(sudo) $(python) -m pytest $(PYTEST_ARGS)
+	$(sudo) $(python) scripts/test $(PYTEST_ARGS)
 
 test-lowest: ## the same with the oldest versions of every dependency that pyproject.toml admits
 	scripts/setup --lowest

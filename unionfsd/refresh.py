@@ -63,6 +63,10 @@ class Memory:
         """Of everything known."""
         return [node.nodeid for node in self._table]
 
+    def files(self) -> list[int]:
+        """nodeids of everything known that is no directory."""
+        return [node.nodeid for node in self._table if not isinstance(node, DirNode)]
+
     def path(self, nodeid: int) -> bytes | None:
         """A path from the root of the mount of what is known by `nodeid`; None when it has none, or is unknown."""
         try:

@@ -429,6 +429,19 @@ def test_changes_wait_while_frozen(mount: Daemon, mode: Mode, layers: Layers) ->
     assert stat.S_IMODE(os.stat(mount / "etc/hosts").st_mode) == 0o600
 
 
+@pytest.mark.parametrize("verb", ["freeze", "sync"])
+def test_what_open_files_hold_back_is_handed_over_first(verb: str, mount: Daemon, mode: Mode, layers: Layers) -> None:
+    if mode.io == "passthrough" and verb == "freeze":
+        return
+    with (mount / "new").open("wb", buffering=0) as new, (mount / "etc/hosts").open("r+b", buffering=0) as old:
+        new.write(bytes(8 << 20))
+        old.write(b"TOP")
+        assert ctl(verb, mount.path).code == 0
+        assert (layers.upper / "new").stat().st_size == 8 << 20
+        assert (layers.upper / "etc/hosts").read_bytes() == b"TOP"
+        assert ctl("thaw", mount.path).code == 0
+
+
 def test_the_end_of_a_mount_ends_its_freeze(mount: Daemon, mode: Mode) -> None:
     if mode.io == "passthrough":
         return

@@ -161,23 +161,23 @@ def test_positions_in_a_listing_can_be_returned_to(layers: Layers, mounted: Moun
         os.close(fd)
 
 
-def test_a_hundred_thousand_names(layers: Layers, mounted: MountFactory) -> None:
+def test_forty_thousand_names(layers: Layers, mounted: MountFactory) -> None:
     """All are there, and the tenfold number costs nowhere near the hundredfold time."""
     times = {}
-    for count in (10_000, 100_000):
+    for count in (4_000, 40_000):
         directory = layers.lower / str(count)
         directory.mkdir()
         for number in range(count):
             os.close(os.open(directory / f"{number:06d}", os.O_CREAT | os.O_WRONLY))
     mount = mounted()
-    for count in (10_000, 100_000):
+    for count in (4_000, 40_000):
         (mount / str(count) / "new").touch()
         start = time.monotonic()
         names = os.listdir(mount / str(count))
         times[count] = time.monotonic() - start
         assert len(names) == len(set(names)) == count + 1
-    assert times[100_000] < 40 * times[10_000]
-    assert (mount / "100000/099999").exists()
+    assert times[40_000] < 40 * times[4_000]
+    assert (mount / "40000/039999").exists()
 
 
 def test_an_open_directory_survives_its_removal(layers: Layers, mounted: MountFactory) -> None:

@@ -46,6 +46,9 @@ class Told:
         self.said.append(("inode", nodeid, offset))
         return True
 
+    async def hand_over(self, nodeids: list[int]) -> None:
+        self.said.append(("hand over", *nodeids))
+
     async def inval_entry(self, parent: int, name: bytes) -> bool:
         self.said.append(("entry", parent, name))
         return True
