@@ -440,6 +440,10 @@ class Union:
         """What the mount did so far."""
         return self.counters.statistics()
 
+    def known(self) -> int:
+        """How many objects the kernel knows."""
+        return len(self._table)
+
     def holdings(self) -> Holdings:
         """What the mount holds now."""
         fds = self._fds

@@ -193,6 +193,9 @@ class FakeUnion:
     def listxattr(self, nodeid: int, *, trusted: bool) -> list[bytes]:
         return [b"user.a", b"user.b"]
 
+    def known(self) -> int:
+        return 1
+
     def holdings(self) -> Holdings:
         return Holdings(1, 0, 64, fd_hits=0, fd_misses=0, fd_evictions=0, lists=0, names=0, lists_read=0)
 

@@ -105,7 +105,7 @@ class Channel:
         self._fd = fuse_fd
         self._started = started
         self._mountpoint = config.mountpoint
-        self._wanted = _wanted(config)
+        self._wanted = negotiate.Wanted.of(config)
         self._explicit = "io" in config.explicit
         self._insisted = config.writeback == "on"
         self._exchange = Exchange(union, valid, self._defer)
@@ -136,7 +136,6 @@ class Channel:
 
     def begin(self, wanted: Callable[[], bool] = lambda: False, patience: float = 0.0) -> None:
         """Answer INIT and what comes with it, until nothing comes for a moment or `wanted` says that we must go on.
-
 
         With `patience` it goes on for so many seconds although nothing comes. `gone`: the mount ended before, and there
         is nothing to run. UserError: the kernel is too old.
@@ -233,6 +232,7 @@ class Channel:
         await self._turn_over()
         if self._linger():
             return
+        self._see_to_memory()
         start = monotonic()
         if self._deferred:
             await self._sleep(both)
@@ -288,8 +288,12 @@ class Channel:
                 self._see_to_memory()
 
     def _see_to_memory(self) -> None:
-        if self._nursery is not None and self._pressure.due():
+        if self._nursery is None:
+            return
+        if self._pressure.due():
             self._nursery.start_soon(self._pressure.relieve)
+        if self._pressure.spare():
+            self._nursery.start_soon(self._pressure.give_back)
 
     # --- one request -------------------------------------------------------------------------------------------------
 
@@ -485,14 +489,3 @@ def _ok(nodeid: int, end: int) -> Payload:
 
 def _silent(nodeid: int, end: int) -> None:
     return None
-
-
-def _wanted(config: MountConfig) -> negotiate.Wanted:
-    """What this mount asks of the kernel. A timeout somebody set means that something else changes the layers."""
-    sole_writer = "timeout" not in config.explicit
-    return negotiate.Wanted(
-        writeback=config.writeback == "on" or (config.writeback == "auto" and sole_writer and not config.read_only),
-        sole_writer=sole_writer,
-        acl=not config.noacl,
-        passthrough=config.io == "passthrough",
-    )

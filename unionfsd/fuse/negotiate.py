@@ -12,11 +12,14 @@ A feature is asked for only when offered, so one list serves every kernel from 5
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from unionfsd.errors import MOUNT, UserError
 from unionfsd.fuse import wire
 from unionfsd.fuse.abi import FUSE_KERNEL_MINOR_VERSION, FUSE_KERNEL_VERSION, InitFlag
+
+if TYPE_CHECKING:
+    from unionfsd.options import MountConfig
 
 OLDEST_MINOR: Final = 31
 """Linux 5.4: everything the replies here take for granted (64-byte init_out, FALLOCATE, LSEEK, RENAME2) is there."""
@@ -58,6 +61,17 @@ class Wanted(NamedTuple):
     """POSIX ACLs count."""
     passthrough: bool
     """The kernel reads and writes files itself, if it can. Opens are then sent; else they are declined, once."""
+
+    @classmethod
+    def of(cls, config: MountConfig) -> Wanted:
+        """What a mount asks for. A timeout somebody set means that something else changes the layers."""
+        sole_writer = "timeout" not in config.explicit
+        return cls(
+            writeback=config.writeback == "on" or (config.writeback == "auto" and sole_writer and not config.read_only),
+            sole_writer=sole_writer,
+            acl=not config.noacl,
+            passthrough=config.io == "passthrough",
+        )
 
 
 class Session(NamedTuple):
