@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests import harness
@@ -29,6 +30,12 @@ from tests.harness import (
 
 #: A hung mount is forced off so long before pytest gives the test up.
 _MARGIN = 15.0
+
+
+# A run of the suite is the same every time; what random programs find is looked for by the soak (docs/conformance.md).
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.register_profile("random", derandomize=False)
+hypothesis.settings.load_profile("random" if os.environ.get("UNIONFSD_SOAK_SECONDS") else "same")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -57,7 +57,7 @@ echo added >>/data/one
 """
 CHANGES = {
     *("A /a", "A /a/b", "A /a/b/c", "C /data", "A /data/again", "C /data/old", "C /data/one", "A /data/x"),
-    *("D /data/link", "D /data/moved"),
+    *("C /data/linked", "D /data/link", "D /data/moved"),  # another name of /data/one
 }
 CHANGED = """\
 /data directory 755 0:0
