@@ -116,6 +116,14 @@ def test_the_time_of_a_change_through_a_mapping_is_when_it_was_made(traced: Daem
     assert (traced / "d/file").stat().st_mtime_ns == written
 
 
+def test_emptying_what_is_empty_is_a_change(traced: Daemon) -> None:
+    stamp = traced / "d/stamp"
+    stamp.touch()
+    os.utime(stamp, ns=(1, 1))
+    os.close(os.open(stamp, os.O_WRONLY | os.O_TRUNC))
+    wait_for(lambda: stamp.stat().st_mtime_ns > 1, "the time is the old one", seconds=5)
+
+
 def test_what_is_still_kept_by_the_kernel_is_no_hole(traced: Daemon) -> None:
     with (traced / "new").open("wb", buffering=0) as new:
         new.write(b"data")

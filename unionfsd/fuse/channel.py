@@ -232,7 +232,8 @@ class Channel:
         await self._turn_over()
         if self._linger():
             return
-        self._see_to_memory()
+        if self._nursery is not None and self._pressure.spare():
+            self._nursery.start_soon(self._pressure.give_back)
         start = monotonic()
         if self._deferred:
             await self._sleep(both)
@@ -288,12 +289,8 @@ class Channel:
                 self._see_to_memory()
 
     def _see_to_memory(self) -> None:
-        if self._nursery is None:
-            return
-        if self._pressure.due():
+        if self._nursery is not None and self._pressure.due():
             self._nursery.start_soon(self._pressure.relieve)
-        if self._pressure.spare():
-            self._nursery.start_soon(self._pressure.give_back)
 
     # --- one request -------------------------------------------------------------------------------------------------
 
@@ -473,6 +470,7 @@ class Channel:
             log.warning("io=passthrough is not possible: the kernel does not offer it (Linux 6.9)")
         if InitFlag.WRITEBACK_CACHE in session.flags:
             self._files.flush = partial(notify.drop, self._fd, place=None)
+            self._names.drop = self._drop
         if self._insisted and InitFlag.WRITEBACK_CACHE not in session.flags:
             log.warning("writeback=on ignored: it cannot be had together with io=passthrough")
         if InitFlag.NO_OPENDIR_SUPPORT in session.flags:

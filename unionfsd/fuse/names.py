@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import errno
 import stat
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from unionfsd.fuse import abi, wire
@@ -17,7 +19,7 @@ from unionfsd.union import SetAttr
 
 if TYPE_CHECKING:
     from unionfsd.steps import Op
-    from unionfsd.union import Caller, Union
+    from unionfsd.union import Attr, Caller, Union
 
 _BODY: Final = wire.BODY
 _NS: Final = 1_000_000_000
@@ -44,6 +46,8 @@ class Names:
         self._absent = wire.negative_entry(exchange.valid)
         self.setxattr_ext = False
         """Whether SETXATTR carries its extended struct; known after INIT."""
+        self.drop: Callable[[int], None] | None = None
+        """Set where the kernel believes nobody else about the mtime of a file: has it forget a node."""
 
     def table(self) -> dict[Opcode, Handler]:
         """The handlers by opcode."""
@@ -155,6 +159,8 @@ class Names:
         body = wire.SETATTR_IN.unpack_from(exchange.buf, _BODY)
         wanted = _wanted(body, self._mode(nodeid, body[0], body[10]))
         op = self._union.setattr(nodeid, wanted, exchange.caller())
+        if self.drop is not None and wanted.size is not None and wanted.mtime_ns is None:
+            op = _told_anew(op, partial(self.drop, nodeid))
         return exchange.start(op, lambda attributes: exchange.attributes(nodeid, attributes))
 
     def _mode(self, nodeid: int, valid: int, mode: int) -> int | None:
@@ -220,6 +226,13 @@ def _then_drop_sgid(op: Op[None], union: Union, nodeid: int, caller: Caller) -> 
     mode = union.getattr(nodeid).st.st_mode
     if mode & stat.S_ISGID:
         yield from union.setattr(nodeid, SetAttr(mode=mode & _PERMISSIONS & ~stat.S_ISGID), caller)
+
+
+def _told_anew(op: Op[Attr], drop: Callable[[], None]) -> Op[Attr]:
+    """`op` truncates a file to the size that it has. The kernel keeps the mtime it had then: `> stamp` is not seen."""
+    attributes = yield from op
+    drop()
+    return attributes
 
 
 def _wanted(body: tuple[int, ...], mode: int | None) -> SetAttr:
