@@ -16,6 +16,7 @@ import stat
 from _blake2 import blake2b  # hashlib's own; hashlib itself loads OpenSSL, a twentieth of the start
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from operator import itemgetter
 from typing import Final, NamedTuple
 
 from . import format as fmt
@@ -83,6 +84,11 @@ class LowerNames:
     def items(self) -> Iterator[tuple[bytes, LowerName]]:
         for name, packed in self._packed.items():
             yield name, _unpack(packed)
+
+    def rows(self) -> Iterator[tuple[bytes, int, int]]:
+        """(name, inode number, DT_* type) of each."""
+        for name, packed in self._packed.items():
+            yield name, packed >> _TYPE_BITS + _LOWER_BITS, packed & (1 << _TYPE_BITS) - 1
 
     def indices(self, name: bytes) -> tuple[int, ...]:
         """Which lowers give the directory `name`, top first."""
@@ -163,6 +169,9 @@ def cookie_of(name: bytes) -> int:
     return (int.from_bytes(blake2b(name, digest_size=8).digest(), "little") >> 2) + 3
 
 
+_cookie: Final = itemgetter(3)
+
+
 class Listing:
     """A snapshot of a merged directory, in the order of cookies; "." and ".." come first."""
 
@@ -171,9 +180,10 @@ class Listing:
     def __init__(self, ino: int, parent_ino: int, rows: Iterable[tuple[bytes, int, int]]) -> None:
         """`rows` are (name, inode number, DT_* type)."""
         dots = [Dirent(b".", ino, DT_DIR, _DOT_COOKIE), Dirent(b"..", parent_ino, DT_DIR, _DOTDOT_COOKIE)]
-        entries = sorted((cookie_of(row[0]), row) for row in rows)
-        self._entries = dots + [Dirent(*row, cookie) for cookie, row in entries]
-        self._cookies = [_DOT_COOKIE, _DOTDOT_COOKIE, *(cookie for cookie, _ in entries)]
+        entries = [Dirent(name, number, kind, cookie_of(name)) for name, number, kind in rows]
+        entries.sort(key=_cookie)
+        self._entries = dots + entries
+        self._cookies = list(map(_cookie, self._entries))
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -212,6 +222,6 @@ def merge(upper: UpperNames | None, lowers: LowerNames | None) -> Iterator[tuple
             if found is not None:
                 yield name, found[0], found[1]
     if lowers is not None:
-        for name, low in lowers.items():
+        for name, ino, kind in lowers.rows():
             if upper is None or (name not in upper.names and name not in upper.hidden):
-                yield name, low.ino, low.type
+                yield name, ino, kind

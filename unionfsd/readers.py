@@ -1,7 +1,8 @@
 """Directories that somebody is in the middle of listing.
 
 A listing is read in parts, and each part goes on in the snapshot that the first one made. A snapshot that was dropped,
-because too many are in use or its reader never came back, is made anew: cookies mean the same in all of them.
+because too many are in use or its reader never came back, is made anew: cookies mean the same in all of them. It is
+kept past its last entry, because who has got that asks once more.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from .inodes import DirNode
-from .listing import Dirent, Listing
+from .listing import Dirent
 from .lookup import Resolver
 
 _MOST: Final = 64
@@ -35,12 +36,7 @@ class Readers:
             self._reading[node] = None
             if len(self._reading) > _MOST:
                 self._reading.popitem(last=False)[0].snapshot = None
-        return self._read_on(node, node.snapshot, cookie)
-
-    def _read_on(self, node: DirNode, snapshot: Listing, cookie: int) -> Iterator[Dirent]:
-        yield from snapshot.after(cookie)
-        if node.snapshot is snapshot:
-            self.end(node)
+        return node.snapshot.after(cookie)
 
     def eager(self, node: DirNode) -> bool:
         """Whether who lists `node` is better told everything of its entries, and not their names alone.

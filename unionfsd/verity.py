@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import logging
 import os
 import struct
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 from .format import Digest
 
 if TYPE_CHECKING:
+    import hashlib
     from collections.abc import Callable, Iterable, Iterator
 
     from .syscalls import Fd
@@ -50,6 +50,8 @@ def compute(fd: int, algorithm: int) -> bytes:
     name = _ALGORITHMS.get(algorithm)
     if name is None:
         raise OSError(errno.EIO, f"unknown fs-verity algorithm {algorithm}")
+    import hashlib  # late: it loads OpenSSL, a twentieth of the start
+
     new = getattr(hashlib, name)
     size = os.fstat(fd).st_size
     root = _root(new, _blocks(fd)) if size else b""

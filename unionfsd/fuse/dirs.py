@@ -89,10 +89,9 @@ class Dirs:
             room = (head + length + 7) & ~7
             if at + room > size:
                 break
+            entry = _NO_ENTRY
             if eager and name not in _DOTS:
                 entry, ino = self._entry(nodeid, name, ino)
-            else:
-                entry = _NO_ENTRY
             view[at : at + entry_size] = entry
             pack(view, at + entry_size, ino, after, length, kind)
             view[at + head : at + head + length] = name
