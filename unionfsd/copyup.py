@@ -359,6 +359,13 @@ class CopyUp:
         except OSError as exc:
             self._skip("times of the parent", exc)
 
+    def restore_mtime(self, fd: int, mtime_ns: int) -> None:
+        """Put the mtime of an upper file back. Best effort: its data is written, and failing now would deny it."""
+        try:
+            syscalls.utimens(fd, UTIME_OMIT, mtime_ns)
+        except OSError as exc:
+            self._skip("mtime of a file", exc)
+
     def mark_impure(self, parent: DirNode, dirfd: int, *, required: bool = False) -> None:
         """Say that an upper directory holds copied-up objects (ovl_set_impure). Best effort, unless `required`."""
         if self._resolver.impure(parent):

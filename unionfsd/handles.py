@@ -24,7 +24,7 @@ from .inodes import DirNode, Node, NodeTable, OpenState
 from .lookup import Resolver
 from .protection import APPEND, IMMUTABLE
 from .steps import Blocking, Op
-from .syscalls import UTIME_OMIT, Fd
+from .syscalls import Fd
 from .workdir import Workdir
 
 #: Writes up to this size go to the page cache without a thread.
@@ -177,10 +177,7 @@ class Handles:
         view = memoryview(data)
         if node.open is not None and node.open.append and offset < os.fstat(fd.fd).st_size:
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
-        if len(view) <= _INLINE_WRITE:
-            return _write_all(fd, view, offset)
-        done: int = yield Blocking(partial(_write_all, fd, view, offset))
-        return done
+        return (yield from _put(fd, view, offset))
 
     def write_late(self, node: Node, data: memoryview, offset: int) -> Op[int]:
         """As `write`, of what the kernel kept in its writeback cache.
@@ -194,11 +191,14 @@ class Handles:
             state.mtime_ns = os.fstat(fd.fd).st_mtime_ns
         state.arriving += 1
         try:
-            return (yield from self.write(node, data, offset))
+            if state.append:
+                done: int = yield Blocking(partial(_append, fd, data, offset))
+                return done
+            return (yield from _put(fd, data, offset))
         finally:
             state.arriving -= 1
-            if not state.arriving:
-                syscalls.utimens(fd.fd, UTIME_OMIT, state.mtime_ns)
+            if not state.arriving and self._copy_up is not None:
+                self._copy_up.restore_mtime(fd.fd, state.mtime_ns)
 
     def flush(self, node: Node) -> Op[None]:
         """close(2) of one descriptor: nothing is kept back that an error could come from."""
@@ -284,6 +284,14 @@ class Handles:
         return done
 
 
+def _put(fd: Fd, view: memoryview, offset: int) -> Op[int]:
+    """Write to an upper file, large parts in a thread."""
+    if len(view) <= _INLINE_WRITE:
+        return _write_all(fd, view, offset)
+    done: int = yield Blocking(partial(_write_all, fd, view, offset))
+    return done
+
+
 # In threads: each holds the Fd, so that an eviction meanwhile does not close it.
 
 
@@ -307,6 +315,14 @@ def _write_all(fd: Fd, view: memoryview, offset: int) -> int:
                 return done
             raise
     return done
+
+
+def _append(fd: Fd, view: memoryview, offset: int) -> int:
+    """Write to an append-only file what the kernel had in whole pages: what is there already must be what it was."""
+    there = min(max(os.fstat(fd.fd).st_size - offset, 0), len(view))
+    if os.pread(fd.fd, there, offset) != view[:there]:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+    return there + _write_all(fd, view[there:], offset + there)
 
 
 def _on_fd(call: SyncCall, fd: Fd) -> None:

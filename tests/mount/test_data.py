@@ -390,3 +390,24 @@ def test_the_time_of_a_change_is_when_it_was_written_however_late_it_arrives(
     assert (mount / "new").stat().st_mtime_ns == written
     mount.remount()
     assert (mount / "new").stat().st_mtime_ns == written
+
+
+def test_an_append_only_file_grows_and_does_not_change(layers: Layers, mounted: MountFactory) -> None:
+    path = layers.upper / "log"
+    path.write_bytes(b"line\n" * 400)
+    os.setxattr(path, "trusted.overlay.protattr", b"a")
+    mount = mounted()
+    for _ in range(2):
+        with (mount / "log").open("ab", buffering=0) as log:
+            log.write(b"more\n")
+            os.fsync(log.fileno())
+    assert (mount / "log").read_bytes() == b"line\n" * 400 + b"more\n" * 2
+
+    def overwrite() -> None:
+        with (mount / "log").open("r+b", buffering=0) as log:
+            log.write(b"X")
+            os.fsync(log.fileno())
+
+    assert errno_of(overwrite) == "EPERM"
+    mount.remount()
+    assert (mount / "log").read_bytes() == b"line\n" * 400 + b"more\n" * 2

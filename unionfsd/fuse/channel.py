@@ -420,17 +420,22 @@ class Channel:
             deferred.ended.open()
 
     def _drop(self, nodeid: int) -> None:
-        """Take from the kernel what it keeps of a file, because what it handed over of it could not be written."""
-        if nodeid not in self._dropping:
-            self._dropping.add(nodeid)
+        """Take from the kernel what it keeps of a file and believes against what is so: a failed write, an mtime."""
+        if nodeid in self._dropping:
+            return
+        try:
             place = self._exchange.union.place(nodeid)
-            self._workers.call(partial(self._drop_now, nodeid, place))
+        except OSError:
+            return  # forgotten, and with it what was kept
+        self._dropping.add(nodeid)
+        self._workers.call(partial(self._drop_now, nodeid, place))
 
     def _drop_now(self, nodeid: int, place: tuple[int, bytes] | None) -> None:
         try:
             notify.drop(self._fd, nodeid, place)
         except OSError as exc:
-            log.warning("a failed write may still be seen until its file is no longer cached: %s", exc)
+            if exc.errno not in _GONE:
+                log.warning("what a file no longer holds may be seen until it is no longer cached: %s", exc)
         finally:
             self._dropping.discard(nodeid)
 
