@@ -11,12 +11,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Final
 
-from unionfsd.ctl.main import Argument, Verb
-from unionfsd.errors import UserError
+from unionfsd.ctl.main import Argument, Verb, made_of
 
 if TYPE_CHECKING:
     import argparse
@@ -227,22 +225,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The parser, made of the table."""
-    import argparse
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise UserError(message, hint=f"{self.prog} --help tells more")
-
-    def formatter(prog: str) -> argparse.HelpFormatter:
-        return argparse.HelpFormatter(prog, width=int(os.environ.get("COLUMNS") or 80) - 2)
-
-    top = Parser("unionfsctl image", description=_ABOUT, allow_abbrev=False, formatter_class=formatter)
-    verbs = top.add_subparsers(metavar="VERB", required=True, prog="unionfsctl image", parser_class=Parser)
-    for verb in VERBS:
-        row = verbs.add_parser(verb.name, help=verb.help, description=verb.help, formatter_class=formatter)
-        row.add_argument("--json", action="store_true", help="print JSON")
+    top, rows = made_of("unionfsctl image", _ABOUT, VERBS)
+    for _, row in rows:
         row.add_argument("--root", metavar="DIR", help="the store (default: /var/lib/unionfsd, or of the user)")
-        row.set_defaults(verb=verb)
-        for argument in verb.arguments:
-            row.add_argument(argument.name, help=argument.help, **argument.settings)
     return top

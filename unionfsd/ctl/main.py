@@ -244,6 +244,18 @@ def _image(arguments: list[str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The parser, made of the table."""
+    top, rows = made_of("unionfsctl", _ABOUT, VERBS)
+    top.add_argument("-V", "--version", action="version", version=f"unionfsctl {__version__}")
+    for verb, row in rows:
+        if verb.asks_one:
+            row.add_argument("--socket", metavar="SOCKET", help="ask this socket; PATH is then from the mount's root")
+    return top
+
+
+def made_of(
+    prog: str, about: str, table: Sequence[Verb]
+) -> tuple[argparse.ArgumentParser, list[tuple[Verb, argparse.ArgumentParser]]]:
+    """A parser for the verbs of `table`, and theirs; what it has parsed has the `Verb` as ``verb``."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
@@ -254,15 +266,14 @@ def parser() -> argparse.ArgumentParser:
         # Left to itself it asks shutil, whose import takes longer than all the rest.
         return argparse.HelpFormatter(prog, width=int(os.environ.get("COLUMNS") or 80) - 2)
 
-    top = Parser("unionfsctl", description=_ABOUT, allow_abbrev=False, formatter_class=formatter)
-    top.add_argument("-V", "--version", action="version", version=f"unionfsctl {__version__}")
-    verbs = top.add_subparsers(metavar="VERB", required=True, prog="unionfsctl", parser_class=Parser)
-    for verb in VERBS:
+    top = Parser(prog, description=about, allow_abbrev=False, formatter_class=formatter)
+    verbs = top.add_subparsers(metavar="VERB", required=True, prog=prog, parser_class=Parser)
+    rows: list[tuple[Verb, argparse.ArgumentParser]] = []
+    for verb in table:
         row = verbs.add_parser(verb.name, help=verb.help, description=verb.help, formatter_class=formatter)
         row.add_argument("--json", action="store_true", help="print JSON")
         row.set_defaults(verb=verb)
         for argument in verb.arguments:
             row.add_argument(argument.name, help=argument.help, **argument.settings)
-        if verb.asks_one:
-            row.add_argument("--socket", metavar="SOCKET", help="ask this socket; PATH is then from the mount's root")
-    return top
+        rows.append((verb, row))
+    return top, rows

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from unionfsd import format as fmt
 from unionfsd import syscalls
-from unionfsd.images.beneath import Path, lstat, names
+from unionfsd.images.beneath import Path, names
 from unionfsd.syscalls import Fd
 
 
@@ -85,9 +85,9 @@ def _down(directories: Sequence[Fd], name: bytes) -> tuple[Fd, ...]:
 
 def _entry(directory: Fd, name: bytes) -> os.stat_result | str | None:
     """What a layer says of `name`: its stat, "whiteout", or None for nothing."""
-    st = lstat(directory.fd, name)
+    st = syscalls.stat_or_none(directory.fd, name)
     if st is None:
-        return "whiteout" if lstat(directory.fd, fmt.wh_name(name)) is not None else None
+        return "whiteout" if syscalls.stat_or_none(directory.fd, fmt.wh_name(name)) is not None else None
     return "whiteout" if is_whiteout(directory, name, st) else st
 
 
@@ -104,7 +104,7 @@ def is_whiteout(directory: Fd, name: bytes, st: os.stat_result) -> bool:
 def is_opaque(directory: Fd) -> bool:
     """Whether a directory of a layer hides those below."""
     values = [value for name in fmt.OPAQUE_NAMES if (value := xattr(directory, name)) is not None]
-    return fmt.marks(values).opaque or lstat(directory.fd, fmt.WH_OPAQUE) is not None
+    return fmt.marks(values).opaque or syscalls.stat_or_none(directory.fd, fmt.WH_OPAQUE) is not None
 
 
 def has_xattr(fd: Fd, name: bytes) -> bool:

@@ -60,14 +60,6 @@ class Tree:
             self._open.popitem(last=False)
 
 
-def lstat(dirfd: int, name: bytes) -> os.stat_result | None:
-    """What `name` is beneath `dirfd`; None when there is nothing."""
-    try:
-        return syscalls.stat_at(dirfd, name)
-    except FileNotFoundError:
-        return None
-
-
 def names(dirfd: int) -> list[bytes]:
     """The names in the directory `dirfd` (O_PATH allowed), sorted."""
     fd = os.open(b".", _READ_DIR, dir_fd=dirfd)
@@ -97,7 +89,7 @@ def walk(root: Fd) -> Iterator[tuple[Path, Fd, bytes, os.stat_result]]:
 
 def remove(dirfd: int, name: bytes) -> None:
     """Remove whatever `name` is, with everything in it; nothing when there is nothing."""
-    st = lstat(dirfd, name)
+    st = syscalls.stat_or_none(dirfd, name)
     if st is None:
         return
     if not stat.S_ISDIR(st.st_mode):

@@ -93,7 +93,7 @@ def _like(fd: Fd, st: os.stat_result) -> None:
 
 def find(store: Store, name: str) -> Container:
     """The container `name`; UserError when there is none."""
-    if _NAME.fullmatch(name) is None or beneath.lstat(store.containers.fd, name.encode()) is None:
+    if _NAME.fullmatch(name) is None or syscalls.stat_or_none(store.containers.fd, name.encode()) is None:
         raise UserError(f"{name}: no such container", hint="unionfsctl image container ls", code=NOT_FOUND)
     with syscalls.open_dir(store.containers.fd, name.encode()) as fd:
         facts = json.loads(beneath.read_file(fd.fd, _FACTS, 1 << 20))

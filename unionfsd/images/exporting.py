@@ -79,7 +79,7 @@ def _oci(store: Store, image: Image, place: Place, events: Events) -> None:
                 for data in signatures[1]:
                     beneath.replace_file(directory.fd, digests.split(digests.of(data))[1].encode(), data)
         entries = []
-        if beneath.lstat(root.fd, b"index.json") is not None:
+        if syscalls.stat_or_none(root.fd, b"index.json") is not None:
             entries = list(documents.index(beneath.read_file(root.fd, b"index.json", _MAX_INDEX)))
         if signatures is not None:
             entries = [entry for entry in entries if entry.annotations != signatures[0].annotations]
@@ -124,7 +124,7 @@ def _open(path: str) -> Fd:
 
 
 def _copy(store: Store, blob: Descriptor, directory: Fd, name: str, events: Events) -> None:
-    st = beneath.lstat(directory.fd, name.encode())
+    st = syscalls.stat_or_none(directory.fd, name.encode())
     if st is not None and stat.S_ISREG(st.st_mode) and st.st_size == blob.size:
         return
     events.begin(blob.digest, "write", blob.size)

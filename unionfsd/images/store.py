@@ -104,7 +104,7 @@ class Store:
             opened = [self._directory(name) for name in _DIRECTORIES]
             self.blobs, self.layers, self.links, self.containers, self.stage = opened
             self._by_algorithm = {name: self._blob_directory(name) for name in ("sha256", "sha512")}
-            if beneath.lstat(self.fd.fd, b"oci-layout") is None:
+            if syscalls.stat_or_none(self.fd.fd, b"oci-layout") is None:
                 self._begin()
         except OSError as error:
             raise UserError(f"{self.root}: cannot be a store: {reason(error)}", hint="--root names another") from None
@@ -121,7 +121,7 @@ class Store:
 
     def _begin(self) -> None:
         with self.lock(b"names.lock", shared=False):
-            if beneath.lstat(self.fd.fd, b"index.json") is None:
+            if syscalls.stat_or_none(self.fd.fd, b"index.json") is None:
                 beneath.replace_file(self.fd.fd, b"index.json", documents.dump({"schemaVersion": 2, "manifests": []}))
             beneath.replace_file(self.fd.fd, b"oci-layout", _LAYOUT)
 
@@ -149,7 +149,7 @@ class Store:
             except FileNotFoundError:
                 continue
             fcntl.flock(fd.fd, fcntl.LOCK_EX)
-            st = beneath.lstat(self.stage.fd, name)
+            st = syscalls.stat_or_none(self.stage.fd, name)
             if st is not None and st.st_ino == os.fstat(fd.fd).st_ino:
                 return Stage(self, name, fd)
             fd.close()
@@ -158,7 +158,7 @@ class Store:
         """Remove stages that nobody holds; blobs that can be gone on with only with `everything`."""
         for name in beneath.names(self.stage.fd):
             with contextlib.suppress(FileNotFoundError), Fd(os.open(name, _READ_DIR, dir_fd=self.stage.fd)) as fd:
-                begun = name.startswith(b"blob-") and beneath.lstat(fd.fd, b"data") is not None
+                begun = name.startswith(b"blob-") and syscalls.stat_or_none(fd.fd, b"data") is not None
                 if begun and not everything:
                     continue
                 try:
@@ -171,7 +171,7 @@ class Store:
 
     def has_blob(self, digest: str) -> bool:
         algorithm, name = digests.split(digest)
-        return beneath.lstat(self._by_algorithm[algorithm].fd, name.encode()) is not None
+        return syscalls.stat_or_none(self._by_algorithm[algorithm].fd, name.encode()) is not None
 
     def blob_path(self, digest: str) -> str:
         algorithm, name = digests.split(digest)
