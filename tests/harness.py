@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol, Self, TypeVar
 
@@ -189,8 +190,8 @@ class Mount:
         self._call_off()
 
     def _watch(self, *pids: int) -> None:
-        """Have the mount forced off, and `pids` killed, when it is still there after `patience`."""
-        kill = "".join(f"kill -KILL {pid}; " for pid in pids)
+        """Have the mount forced off, `pids` and their children killed, when it is still there after `patience`."""
+        kill = "".join(f"kill -KILL {pid} $(cat /proc/{pid}/task/{pid}/children); " for pid in pids)
         self._watchdog = Watchdog(self._patience, f"{kill}{' '.join(DETACH)} '{self.path}'")
 
     def _call_off(self) -> None:
@@ -287,6 +288,22 @@ class LogPolicy:
         return bool(matches)
 
 
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone, or waits only for its parent to take note."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def children(pid: int) -> list[int]:
+    """The processes that `pid` has started and not waited for."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
 class Daemon(Mount):
     """unionfsd over the layers, in front (`-f`), its log in a file."""
 
@@ -308,9 +325,15 @@ class Daemon(Mount):
         self.killed = False
 
     @property
-    def pid(self) -> int:
+    def keeper(self) -> int:
+        """The process that was started."""
         assert self._process is not None
         return self._process.pid
+
+    @property
+    def pid(self) -> int:
+        """The process that serves: the keeper's child, or what was started where there is no keeper."""
+        return next(iter(children(self.keeper)), self.keeper)
 
     def mount(self) -> None:
         if not self._lowers:
@@ -320,7 +343,7 @@ class Daemon(Mount):
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", env=_daemon_environment()
             )
-        self._watch(self.pid)
+        self._watch(self.keeper)
         wait_for(lambda: self.mounted or self._exited, "not mounted")
         assert not self._exited, f"exit {self._process.poll()} without a mount: {self.log.read_text()}"
         os.stat(self.path)
@@ -344,11 +367,18 @@ class Daemon(Mount):
         assert self._process.wait(60) == expected, f"exit {self._process.returncode}: {self.log.read_text()}"
 
     def kill(self) -> None:
-        """End the daemon the hard way; the mount stays, dead."""
+        """End the daemon the hard way, and the keeper before it, who would start another; the mount stays, dead."""
+        self._kill()
+        self.killed = True
+
+    def _kill(self) -> None:
         assert self._process is not None
+        served = children(self.keeper)
         self._process.kill()
         self._process.wait()
-        self.killed = True
+        for pid in served:
+            os.kill(pid, signal.SIGKILL)
+            wait_for(partial(has_ended, pid), f"{pid} is there still")
 
     def fds(self) -> int:
         """Descriptors the daemon has open."""
@@ -373,9 +403,7 @@ class Daemon(Mount):
 
     def detach(self) -> None:
         if not self._exited:
-            assert self._process is not None
-            self._process.kill()
-            self._process.wait()
+            self._kill()
         super().detach()
 
     def __exit__(self, exc_type: type[BaseException] | None, *rest: object) -> None:

@@ -64,3 +64,10 @@ def _decode(value: bytes) -> list[tuple[int, int, int]]:
     if body < 0 or body % _ENTRY.size or _HEAD.unpack_from(value)[0] != _VERSION:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
     return list(_ENTRY.iter_unpack(value[_HEAD.size :]))
+
+
+class Heritage(NamedTuple):
+    """What a directory passes on: the `gid` of a setgid directory and its default ACL (xattr value), or None."""
+
+    gid: int | None
+    default_acl: bytes | None

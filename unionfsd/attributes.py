@@ -22,6 +22,7 @@ from .guard import Guard, layer_of
 from .handles import Handles
 from .inodes import DirNode, Node
 from .layers import xattr_names
+from .ledger import Kind, Ledger
 from .lookup import Resolver
 from .options import MountConfig
 from .owners import Owners, StatLike
@@ -99,6 +100,7 @@ class Attributes:
         copy_up: CopyUp | None,
         owners: Owners,
         guard: Guard | None,
+        ledger: Ledger,
         config: MountConfig,
     ) -> None:
         self._resolver = resolver
@@ -107,6 +109,7 @@ class Attributes:
         self._owners = owners
         self._translates = owners.translates or resolver.stack.overrides
         self._guard = guard
+        self._ledger = ledger
         self._static_nlink = config.static_nlink
         self._noacl = config.noacl
         self._noxattrs = config.noxattrs
@@ -118,7 +121,7 @@ class Attributes:
             single = self._static_nlink or len(node.entry.lowers) + node.entry.upper > 1
             nlink = 0 if node.unlinked else 1 if single else st.st_nlink
         else:
-            nlink = st.st_nlink - 1 if node.unlinked and not node.entry.upper else st.st_nlink
+            nlink = st.st_nlink - 1 if _is_kept(node) else st.st_nlink
             if node.entry.index is not None and self._resolver.index is not None:
                 nlink = max(0, nlink + self._resolver.index.extra(node.entry.index))
             if self._resolver.follows_data and stat.S_ISREG(st.st_mode) and st.st_blocks * 512 < st.st_size:
@@ -241,6 +244,8 @@ class Attributes:
             self._check_setxattr(node, name, flags)
         yield from self._to_upper(node)
         with self._resolver.open_object(node) as fd:
+            if flags:
+                self._ledger.intend(Kind.XATTR, node.nodeid, name)
             syscalls.setxattr(fd.fd, fmt.name_in_layer(name, self._form(node)), value, flags)
         if isinstance(node, DirNode):
             node.heritage = None
@@ -263,9 +268,15 @@ class Attributes:
             self._guard.change(node)
         yield from self._to_upper(node)
         with self._resolver.open_object(node) as fd:
+            self._ledger.intend(Kind.XATTR, node.nodeid, name)
             syscalls.removexattr(fd.fd, fmt.name_in_layer(name, self._form(node)))
         if isinstance(node, DirNode):
             node.heritage = None
+
+
+def _is_kept(node: Node) -> bool:
+    """Whether an object has a name where it lies that it has not in the union."""
+    return (node.unlinked and not node.entry.upper) or (node.open is not None and node.open.kept)
 
 
 def _or_omit(value: int | None) -> int:

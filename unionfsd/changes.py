@@ -19,7 +19,8 @@ from typing import Final, Literal, NamedTuple
 
 from . import format as fmt
 from . import syscalls
-from .inodes import DirNode, Entry, Node
+from .entries import Entry
+from .inodes import DirNode, Node
 from .layers import LowerDir, optional_xattr, xattr_names
 from .listing import UpperNames, read_upper
 from .lookup import Hit, Resolver
@@ -127,7 +128,7 @@ class _Walk:
         """Keep no names of a directory that was walked: children keep their parents."""
         for node in (at.node, at.base):
             if node is not None:
-                self._resolver.released(node)
+                self._resolver.kept.released(node)
                 node.doubt()
 
     def _directory(self, at: UpperDir) -> Iterator[Change]:

@@ -26,11 +26,12 @@ from typing import Final
 
 from . import format as fmt
 from . import owners, protection, syscalls, verity
+from .entries import UPPER, Entry, Source
 from .events import Events
 from .fdcache import FdCache
 from .filecopy import copy_data
 from .index import Index
-from .inodes import UPPER, DirNode, Entry, Node, OpenState, Source, path_of
+from .inodes import DirNode, Node, OpenState, path_of
 from .layers import LowerDir, exists, optional_xattr, read_data_marks, xattr_names
 from .lookup import Resolver
 from .metadata import Keeping, Metadata, apply_metadata, read_metadata
@@ -294,16 +295,16 @@ class CopyUp:
                 self._counters.copied_bytes += yield Blocking(fill)
 
     def _finish(self, node: Node, staged: Staged, names: int | None) -> None:
-        """Publish under the name that `node` has now; one that has none lives on in its descriptor.
+        """Publish under the name that `node` has now; one that has none lives on in work.
 
         `names`: how many the lower has, if they are to be kept together.
         """
         if names is not None and self._resolver.index is not None and not node.unlinked:
             self._publish_in_index(self._resolver.index, node, staged, names)
         elif node.unlinked:
-            node.state().orphan = syscalls.reopen(staged.fd.fd, os.O_PATH)
+            self._work.keep_staged(staged, node.nodeid)
+            node.state().kept = True
             node.entry = UPPER
-            staged.abandon()
         else:
             assert node.parent is not None
             self.directory(node.parent)

@@ -4,6 +4,9 @@ Up: layers opened and locked, mounted, transport imported, served; then standard
 READY last. Down: unmounted, the transport returns, the union synced and closed. What fails on the way up takes down
 what was up before it, so nothing is left mounted.
 
+Unless `keeper=off`, the process forks once the mount is there: the child serves, the parent keeps the connection and
+starts another when the child dies (`keeper`).
+
 The mount exists, and answers, before trio is imported (`Channel.begin`), which takes longer than all the rest: not
 until something needs an event loop, and never for a mount that is gone before. Between mounting and the signal receiver
 the signals that stop us are blocked, so that none can leave a dead mount behind.
@@ -22,7 +25,7 @@ from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
 
-from unionfsd import errors, logs, steps, systemd
+from unionfsd import errors, keeper, logs, steps, systemd
 from unionfsd.control.listener import Control
 from unionfsd.errors import UserError
 from unionfsd.fuse import mounting
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     import trio
 
     from unionfsd.control.mounted import Mounted
+    from unionfsd.keeper import Life
     from unionfsd.options import MountConfig
     from unionfsd.union import Union
 
@@ -60,8 +64,8 @@ def run(config: MountConfig, *, foreground: bool) -> int:
     if not foreground:
         return _in_background(config)
     logs.start(debug=config.debug, path=config.log, quiet=False, mountpoint=config.mountpoint)
-    _attend(config, up=lambda: None)
-    return errors.OK
+    code = _attend(config, up=lambda: None, alone=lambda: None)
+    return code if code >= 0 else 128 - code  # as a shell has it
 
 
 # In the background. Over a pipe the child says how it went: an exit code as one byte, then the message to it.
@@ -111,15 +115,19 @@ def _daemon(config: MountConfig, sender: int) -> int:
 
     def up() -> None:
         nonlocal told
+        os.write(sender, bytes([errors.OK]))
+        alone()
+
+    def alone() -> None:
+        nonlocal told
         logs.to_syslog()
         _release_streams()
-        os.write(sender, bytes([errors.OK]))
         os.close(sender)
         told = True
 
     try:
         logs.start(debug=config.debug, path=config.log, quiet=True, mountpoint=config.mountpoint)
-        _attend(config, up=up)
+        code = _attend(config, up=up, alone=alone)
     except Exception as error:
         code, message = logs.explain(error)
         if told:
@@ -127,7 +135,17 @@ def _daemon(config: MountConfig, sender: int) -> int:
         else:
             os.write(sender, bytes([code]) + message.encode())
         return code
-    return errors.OK
+    if code < 0:
+        _end_by(-code)
+    return code
+
+
+def _end_by(number: int) -> None:
+    """End as the process did that was to serve: whoever waits for us is told how it was."""
+    if number != signal.SIGKILL:
+        signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (number,))
+    os.kill(os.getpid(), number)
 
 
 def _close_all_but(sender: int, config: MountConfig) -> None:
@@ -154,8 +172,11 @@ def _release_streams() -> None:
 # One mount.
 
 
-def _attend(config: MountConfig, *, up: Callable[[], None]) -> None:
-    """Mount and serve until the mount is gone; `up` is called once it answers."""
+def _attend(config: MountConfig, *, up: Callable[[], None], alone: Callable[[], None]) -> int:
+    """Mount and serve until the mount is gone; returns an exit code.
+
+    `up` is called once it answers, by who serves; `alone` by a keeper, once somebody serves.
+    """
     for warning in config.warnings:
         log.warning("%s", warning)
     _settle()
@@ -168,8 +189,35 @@ def _attend(config: MountConfig, *, up: Callable[[], None]) -> None:
         control = stack.enter_context(Control(config))
         signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         mount = mounting.mount(config)
-        stack.callback(mount.end)
-        _serve(union, mount, control, config, up)
+        life: Life | None = None
+        stack.callback(lambda: mount.end() if life is None else mount.close())  # the keeper has it still
+        control.listen(mount.number)
+        if config.keeper == "on" and config.transport != "pyfuse3":
+            kept = _keep(union, mount, control, alone)
+            if isinstance(kept, keeper.Over):
+                return kept.code  # what was opened and mounted is closed and taken away as by a daemon alone
+            life = kept
+        try:
+            _serve(union, mount, control, config, up, life)
+        except UserError:
+            raise
+        except Exception:
+            if not union.ledger.up:
+                raise
+            log.exception("cannot go on serving")
+            os._exit(keeper.CRASHED)
+    return errors.OK
+
+
+def _keep(union: Union, mount: Mount, control: Control, alone: Callable[[], None]) -> Life | keeper.Over:
+    def unmount() -> None:
+        if not os.fork():  # in a process of its own: the kernel asks the mount about what it unmounts
+            mount.unmount()
+            os._exit(errors.OK)
+
+    listener = control.listener
+    keeping = keeper.Keeper(union.ledger, mount.fuse_fd, None if listener is None else listener.fd.fd, unmount)
+    return keeping.keep(alone)
 
 
 def _settle() -> None:
@@ -180,19 +228,24 @@ def _settle() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _serve(union: Union, mount: Mount, control: Control, config: MountConfig, up: Callable[[], None]) -> None:
+def _serve(
+    union: Union, mount: Mount, control: Control, config: MountConfig, up: Callable[[], None], life: Life | None
+) -> None:
     answering = _Answering()
 
     def started() -> None:
-        control.listen(mount.number)
-        up()
-        log.info("mounted on %s", os.fsdecode(config.mountpoint))
-        systemd.notify("READY=1", f"MAINPID={os.getpid()}")
-        if systemd.keeps_fds():
-            systemd.store(_FUSE, mount.fuse_fd)
+        if life is None or not life.number:
+            up()
+            union.ledger.is_up()
+            log.info("mounted on %s", os.fsdecode(config.mountpoint))
+            systemd.notify("READY=1", f"MAINPID={os.getpid() if life is None else life.keeper}")
+            if systemd.keeps_fds():
+                systemd.store(_FUSE, mount.fuse_fd)
+        else:
+            log.warning("%s is served again", os.fsdecode(config.mountpoint))
         answering.set()
 
-    transport = _transport(union, mount, control, config, started)
+    transport = _transport(union, mount, control, config, started, life)
     if transport is None:
         try:
             steps.run(union.shutdown())
@@ -204,7 +257,7 @@ def _serve(union: Union, mount: Mount, control: Control, config: MountConfig, up
     gc.freeze()
     gc.enable()
     try:
-        trio.run(_serve_until_gone, union, mount, control, config, transport, answering)
+        trio.run(_serve_until_gone, union, mount, control, config, transport, answering, life)
     finally:
         if systemd.keeps_fds():  # a copy that is kept would keep the mount from ending
             systemd.forget(_FUSE)
@@ -231,7 +284,12 @@ class _Answering:
 
 
 def _transport(
-    union: Union, mount: Mount, control: Control, config: MountConfig, started: Callable[[], None]
+    union: Union,
+    mount: Mount,
+    control: Control,
+    config: MountConfig,
+    started: Callable[[], None],
+    life: Life | None,
 ) -> Transport | None:
     """What serves the mount. The kernel channel has begun to when this returns, and may have ended already: None."""
     if config.transport == "pyfuse3":
@@ -241,6 +299,8 @@ def _transport(
     from unionfsd.fuse import channel
 
     serving = channel.channel(union, mount.fuse_fd, config, started)
+    if life is not None and life.number:
+        serving.resume(union.resume(), life.refused)
     # A service manager wants to hear from us, by the event loop.
     patience = 0.0 if systemd.listening() else _PATIENCE
     serving.begin(lambda: control.asked() or not _STOP_SIGNALS.isdisjoint(signal.sigpending()), patience)
@@ -255,7 +315,13 @@ async def _settled() -> None:
 
 
 async def _serve_until_gone(
-    union: Union, mount: Mount, control: Control, config: MountConfig, transport: Transport, answering: _Answering
+    union: Union,
+    mount: Mount,
+    control: Control,
+    config: MountConfig,
+    transport: Transport,
+    answering: _Answering,
+    life: Life | None,
 ) -> None:
     import trio
 
@@ -267,7 +333,7 @@ async def _serve_until_gone(
             from unionfsd import service
 
             nursery.start_soon(service.report, union)
-        await _serve_clients(union, mount, control, config, transport)
+        await _serve_clients(union, mount, control, config, transport, life)
 
     failure: Exception | None = None
     async with trio.open_nursery() as nursery:
@@ -292,7 +358,7 @@ def _not_synced(failure: Exception | None, error: OSError) -> Exception:
 
 
 async def _serve_clients(
-    union: Union, mount: Mount, control: Control, config: MountConfig, transport: Transport
+    union: Union, mount: Mount, control: Control, config: MountConfig, transport: Transport, life: Life | None
 ) -> None:
     """Serve the control socket, from its first client on: until then nothing is imported for it."""
     import trio
@@ -304,15 +370,20 @@ async def _serve_clients(
     try:
         from unionfsd.control.server import Server
 
-        await Server(_mounted(union, mount, listener.path, since, config, transport), listener.gid).serve(
-            listener.fd.fd
-        )
+        mounted = _mounted(union, mount, listener.path, since, config, transport, life)
+        await Server(mounted, listener.gid).serve(listener.fd.fd)
     except Exception:
         log.exception("the control socket is served no longer")
 
 
 def _mounted(
-    union: Union, mount: Mount, socket: bytes, since: float, config: MountConfig, transport: Transport
+    union: Union,
+    mount: Mount,
+    socket: bytes,
+    since: float,
+    config: MountConfig,
+    transport: Transport,
+    life: Life | None,
 ) -> Mounted:
     import trio
 
@@ -342,6 +413,8 @@ def _mounted(
         drive=drive,
         quiesce=all_ended,
         unmount=unmount,
+        keeper=None if life is None else life.keeper,
+        restarts=0 if life is None else life.number,
         requests={opcode.value: opcode.name for opcode in Opcode},
     )
 
@@ -350,6 +423,8 @@ async def _stop_on_signals(
     union: Union, mount: Mount, nursery: trio.Nursery, task_status: trio.TaskStatus[None]
 ) -> None:
     """Unmount at the first signal, which ends the transport once nobody is left inside; give up at the second.
+
+    One that was sent to a whole group of processes comes twice, once passed on by the keeper, and counts once.
 
     SIGHUP, the end of a terminal, means to a service that it should reload.
     """
@@ -361,7 +436,7 @@ async def _stop_on_signals(
     with trio.open_signal_receiver(*heeded) as signals:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
         task_status.started()
-        stopping = False
+        received, stopping = 0, False
         async for number in signals:
             if number == signal.SIGHUP and systemd.listening():
                 from unionfsd import service
@@ -369,9 +444,10 @@ async def _stop_on_signals(
                 service.reload()
                 continue
             log.info("stopping: %s", signal.Signals(number).name)
-            if stopping:
+            received += 1
+            if max(passed_on := union.ledger.signals, received - passed_on) > 1:
                 nursery.cancel_scope.cancel()
-            else:
+            elif not stopping:
                 stopping = True
                 systemd.notify("STOPPING=1")
                 union.thaw()

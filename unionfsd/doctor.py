@@ -17,8 +17,9 @@ from typing import Final, NamedTuple
 
 from . import format as fmt
 from . import syscalls
+from .entries import UPPER, Entry
 from .fdcache import FdCache
-from .inodes import UPPER, DirNode, Entry
+from .inodes import DirNode
 from .layers import LayerStack, exists, optional_xattr, xattr_names
 from .lookup import Resolver
 from .syscalls import stat_or_none

@@ -19,7 +19,8 @@ from typing import Final, Literal, NamedTuple
 
 from . import format as fmt
 from . import syscalls
-from .inodes import DirNode, Entry, Node
+from .entries import Entry
+from .inodes import DirNode, Node
 from .layers import Layer, exists, optional_xattr, read_marks, xattr_names
 from .lookup import Hit, Resolver
 from .syscalls import Fd, stat_or_none

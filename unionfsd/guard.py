@@ -15,7 +15,8 @@ import os
 
 from . import format as fmt
 from . import syscalls
-from .inodes import DirNode, Entry, Node
+from .entries import Entry
+from .inodes import DirNode, Node
 from .layers import Layer, optional_xattr
 from .lookup import Resolver
 from .protection import IMMUTABLE, PROTECTED, decode

@@ -24,7 +24,7 @@ from . import format as fmt
 from . import syscalls
 from .errors import LAYER, UserError
 from .layers import Layer, LayerStack, exists, optional_xattr
-from .workdir import remove_tree
+from .removal import remove_tree
 
 if TYPE_CHECKING:
     from .options import MountConfig

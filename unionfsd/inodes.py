@@ -6,6 +6,7 @@ Rules this file obeys:
   and copy-up replaces; the truth is on the disk.
 - A node keeps its nodeid and its inode number for as long as the kernel knows it, whatever is copied up or renamed.
 - A node lives until the kernel has forgotten it and no living node has it as parent. Memory follows FORGET.
+- What must outlive the process (nodeids, names, lookups) is in the `Ledger`, which is told of every change here.
 - Objects with several names are one node; of a lower only where the index keeps them together.
 """
 
@@ -14,85 +15,27 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
-from typing import Final, NamedTuple
+from typing import Final
 
+from .acl import Heritage
+from .entries import UPPER, Asleep, Entry
 from .fdcache import FdCache, Holder
-from .format import Digest, Redirect
 from .layers import LowerDir
+from .ledger import ROOT_ID, Flag, Ledger, Record
 from .listing import Listing, LowerNames
 from .steps import Gate
 from .syscalls import Fd
 
-ROOT_ID: Final = 1
+__all__ = ["ROOT_ID", "DirNode", "Node", "NodeTable", "OpenState", "child"]
 
 
-class Source(NamedTuple):
-    """Where data of a file is that has none of its own: `name` in `lower`; `digest` is one still to be checked."""
-
-    lower: LowerDir
-    name: bytes
-    digest: Digest | None
-
-    def open(self, fds: FdCache) -> Fd:
-        """A new O_RDONLY descriptor."""
-        return self.lower.layer.open_data(self.lower.open(fds), self.name)
-
-    @property
-    def path(self) -> str:
-        """Its path, for people."""
-        return os.fsdecode(b"/".join((self.lower.layer.path, *self.lower.components(), self.name)))
-
-
-class Entry:
-    """What an object is made of; a value.
-
-    `upper`: it is in the upper, under the very path it has in the union. `lowers`: for a directory, the lower
-    directories merged into it, top first; for anything else, the one lower directory that holds it when it is not in
-    the upper, else nothing. `redirect`: what the upper directory is called in the lowers, None for its own name.
-    `data`: where the data of a file is that has none of its own (metacopy); None also as long as nobody asked. `name`:
-    what the lower calls an object that has other names there, which the union may know it by. `index`: what the upper
-    object is called in the index; without `upper`, it has become that, but not under the name in question.
-    """
-
-    __slots__ = ("data", "index", "lowers", "name", "redirect", "upper")
-
-    def __init__(
-        self,
-        upper: bool,
-        lowers: tuple[LowerDir, ...],
-        redirect: Redirect | None = None,
-        data: Source | None = None,
-        name: bytes | None = None,
-        index: bytes | None = None,
-    ) -> None:
-        self.upper = upper
-        self.lowers = lowers
-        self.redirect = redirect
-        self.data = data
-        self.name = name
-        self.index = index
-
-    def with_data(self, data: Source | None) -> Entry:
-        """The same with its data elsewhere."""
-        return Entry(self.upper, self.lowers, self.redirect, data, self.name, self.index)
-
-    @property
-    def of_object(self) -> Entry:
-        """The entry of the object that has this entry under one of its names."""
-        return self if self.upper or self.index is None else Entry(True, (), index=self.index)
-
-    def __repr__(self) -> str:
-        return f"Entry(upper={self.upper}, lowers={self.lowers}, redirect={self.redirect})"
-
-
-#: Of everything that is only in the upper.
-UPPER: Final = Entry(True, ())
+_NO_NODE: Final = Flag.ALIAS | Flag.OPENS
 
 
 class Node:
     """An object that the kernel may know. `name` is its name in `parent`; the root has neither."""
 
-    __slots__ = ("_lookups", "entry", "ino", "links", "name", "nodeid", "open", "parent", "unlinked")
+    __slots__ = ("entry", "ino", "links", "name", "nodeid", "open", "parent", "unlinked")
 
     def __init__(self, nodeid: int, parent: DirNode | None, name: bytes, entry: Entry, ino: int) -> None:
         self.nodeid = nodeid
@@ -100,7 +43,6 @@ class Node:
         self.name = name
         self.entry = entry
         self.ino = ino
-        self._lookups = 0
         #: Its descriptors and its opens, None while it has neither.
         self.open: OpenState | None = None
         #: It has no name any more: reached through `open`, or through the lower it is still in.
@@ -122,18 +64,20 @@ class OpenState(Holder):
     """Descriptors of a node that is not a directory; the cached one (`fd`) is for its data.
 
     `writable`: `fd` is O_RDWR and of the upper. `opens`: how often the kernel has it open, where it says so.
-    `append`: it may be written at its end only. `orphan`: O_PATH fd of an upper object without a name. `gate`: its
-    copy-up is under way until it opens. `arriving`: writes from the kernel's cache that are under way; `mtime_ns`: what
-    they must not change.
+    `append`: it may be written at its end only. `kept`: it has no name in the union any more, but one in work, by which
+    a successor finds it. `orphan`: O_PATH fd of an upper object without a name that is not kept. `gate`: its copy-up is
+    under way until it opens. `arriving`: writes from the kernel's cache that are under way; `mtime_ns`: what they must
+    not change.
     """
 
-    __slots__ = ("append", "arriving", "gate", "mtime_ns", "opens", "orphan", "writable")
+    __slots__ = ("append", "arriving", "gate", "kept", "mtime_ns", "opens", "orphan", "writable")
 
     def __init__(self) -> None:
         super().__init__()
         self.writable = False
         self.append = False
         self.opens = 0
+        self.kept = False
         self.orphan: Fd | None = None
         self.gate: Gate | None = None
         self.arriving = 0
@@ -142,13 +86,6 @@ class OpenState(Holder):
     def drop(self) -> None:
         super().drop()
         self.writable = False
-
-
-class Heritage(NamedTuple):
-    """What a directory passes on: the `gid` of a setgid directory and its default ACL (xattr value), or None."""
-
-    gid: int | None
-    default_acl: bytes | None
 
 
 class DirNode(Node):
@@ -216,14 +153,23 @@ class DirNode(Node):
 class NodeTable:
     """The nodes of one mount, by nodeid, by name and, where they have several names, by inode."""
 
-    def __init__(self, root: Entry, ino: int, fds: FdCache, dropped: Callable[[DirNode], None]) -> None:
-        """`fds` has their descriptors; `dropped` is told of every directory that goes."""
+    def __init__(
+        self,
+        root: Entry,
+        ino: int,
+        fds: FdCache,
+        dropped: Callable[[DirNode], None],
+        ledger: Ledger | None = None,
+        let_go: Callable[[int], None] | None = None,
+    ) -> None:
+        """`fds` has their descriptors; `dropped` is told of directories that go, `let_go` of nodeids that are kept."""
         self._fds = fds
         self._dropped = dropped
+        self._let_go = let_go
+        self.ledger = Ledger.new() if ledger is None else ledger
         self.root = DirNode(ROOT_ID, None, b"", root, ino)
         self._nodes: dict[int, Node] = {ROOT_ID: self.root}
         self._by_inode: dict[tuple[int, int], Node] = {}
-        self._last = ROOT_ID
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -240,6 +186,8 @@ class NodeTable:
         node = self._nodes.get(nodeid)
         if node is None:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        if node.entry.asleep:
+            _wake(node)
         return node
 
     def directory(self, nodeid: int) -> DirNode:
@@ -251,19 +199,19 @@ class NodeTable:
 
     def add(self, parent: DirNode, name: bytes, entry: Entry, ino: int, *, directory: bool) -> Node:
         """A new node for `name` in `parent`, where no node is known."""
-        self._last += 1
-        kind = DirNode if directory else Node
-        node = kind(self._last, parent, name, entry, ino)
-        self._nodes[self._last] = node
+        kind, flags = (DirNode, int(Flag.DIRECTORY)) if directory else (Node, 0)
+        nodeid = self.ledger.add(parent.nodeid, name, ino, flags)
+        node = kind(nodeid, parent, name, entry, ino)
+        self._nodes[nodeid] = node
         _adopt(parent, name, node)
         return node
 
     def add_unnamed(self, parent: DirNode, ino: int) -> Node:
         """A new node for a file in the upper that has no name; `parent` is where one was asked for."""
-        self._last += 1
-        node = Node(self._last, parent, b"", UPPER, ino)
+        nodeid = self.ledger.add(parent.nodeid, b"", ino, Flag.UNLINKED)
+        node = Node(nodeid, parent, b"", UPPER, ino)
         node.unlinked = True
-        self._nodes[self._last] = node
+        self._nodes[nodeid] = node
         return node
 
     def rekey(self, node: Node, key: tuple[int, int]) -> None:
@@ -281,6 +229,7 @@ class NodeTable:
         """From now on other names of the upper object `key` are the same node."""
         if node.links is None:
             node.links = Links(key)
+            self.ledger.flag(node.nodeid, Flag.LINKED)
         self._by_inode[key] = node
 
     def alias(self, node: Node, parent: DirNode, name: bytes) -> None:
@@ -289,74 +238,104 @@ class NodeTable:
         _adopt(parent, name, node)
         if node.parent is None or node.unlinked:
             node.parent, node.name, node.unlinked = parent, name, False
-        elif (node.parent, node.name) != (parent, name):
-            node.links.names.add((parent, name))
+            self.ledger.place(node.nodeid, parent.nodeid, name, Flag.LINKED)
+            self._let_go_of(node)
+        elif (node.parent, node.name) != (parent, name) and (parent, name) not in node.links.names:
+            node.links.names[parent, name] = self.ledger.add(parent.nodeid, name, node.nodeid, Flag.ALIAS)
+
+    def _let_go_of(self, node: Node) -> None:
+        """A node has a name, or is gone: what it was held by is not needed any more."""
+        if node.open is not None:
+            node.open.orphan = None
+            if node.open.kept and self._let_go is not None:
+                node.open.kept = False
+                self._let_go(node.nodeid)
 
     def unname(self, parent: DirNode, name: bytes) -> None:
         """The union has no `name` in `parent` any more; a node without another known name is unlinked."""
-        node = child(parent, name)
+        node = _known(parent, name)
         if node is None:
             return
         _disown(parent, name)
-        if node.links is not None:
-            node.links.names.discard((parent, name))
+        if node.links is not None and (alias := node.links.names.pop((parent, name), None)) is not None:
+            self.ledger.drop(alias)
         if node.parent is parent and node.name == name:
-            if node.links is not None and node.links.names:
-                node.parent, node.name = node.links.names.pop()
-            else:
-                node.unlinked = True
+            self._lose_name(node)
         self.settle(parent)
+
+    def _lose_name(self, node: Node) -> None:
+        """The name that `node` is known by is gone: it goes by another, or has none any more."""
+        if node.links is not None and node.links.names:
+            (node.parent, node.name), alias = node.links.names.popitem()
+            self.ledger.place(node.nodeid, node.parent.nodeid, node.name)
+            self.ledger.drop(alias)
+        else:
+            node.unlinked = True
+            in_lower = not (node.entry.upper or node.entry.asleep)
+            self.ledger.flag(node.nodeid, Flag.UNLINKED | Flag.LOWER if in_lower else Flag.UNLINKED)
+
+    def record_of(self, parent: DirNode, name: bytes) -> int:
+        """The record of the ledger that says that `name` in `parent` is what it is; 0 when no node has the name."""
+        node = _known(parent, name)
+        if node is None:
+            return 0
+        return node.nodeid if node.links is None else node.links.names.get((parent, name), node.nodeid)
+
+    def _moved(self, node: Node, old: tuple[DirNode, bytes], new: tuple[DirNode, bytes]) -> None:
+        record = node.nodeid
+        if node.links is not None and old in node.links.names:
+            record = node.links.names[new] = node.links.names.pop(old)
+        else:
+            node.parent, node.name = new
+        self.ledger.place(record, new[0].nodeid, new[1])
 
     def move(self, parent: DirNode, name: bytes, new_parent: DirNode, new_name: bytes) -> None:
         """`name` in `parent` is now `new_name` in `new_parent`, where no node is known."""
-        node = child(parent, name)
+        node = _known(parent, name)
         if node is None:
             return
         _disown(parent, name)
         _adopt(new_parent, new_name, node)
-        if node.links is not None and (parent, name) in node.links.names:
-            node.links.names.remove((parent, name))
-            node.links.names.add((new_parent, new_name))
-        else:
-            node.parent, node.name = new_parent, new_name
+        self._moved(node, (parent, name), (new_parent, new_name))
         self.settle(parent)
 
     def exchange(self, parent: DirNode, name: bytes, other_parent: DirNode, other_name: bytes) -> None:
         """Swap what the two names are."""
-        node = child(parent, name)
+        node = _known(parent, name)
         if node is not None:
             _disown(parent, name)
         self.move(other_parent, other_name, parent, name)
         if node is not None:
             _adopt(other_parent, other_name, node)
-            if node.links is not None and (parent, name) in node.links.names:
-                node.links.names.remove((parent, name))
-                node.links.names.add((other_parent, other_name))
-            else:
-                node.parent, node.name = other_parent, other_name
+            self._moved(node, (parent, name), (other_parent, other_name))
 
     def looked_up(self, node: Node) -> None:
         """Count one more lookup by the kernel."""
-        node._lookups += 1
+        self.ledger.count(node.nodeid)
 
     def forget(self, nodeid: int, count: int) -> None:
         """The kernel takes back `count` lookups; unknown nodeids are none of our business."""
         node = self._nodes.get(nodeid)
         if node is None or node is self.root:
             return
-        node._lookups = max(0, node._lookups - count)
+        self.ledger.uncount(nodeid, count)
         self.settle(node)
 
     def settle(self, node: Node) -> None:
         """Drop `node`, and then its parents, as long as nobody needs them."""
-        while node._lookups <= 0 and node is not self.root and node.nodeid in self._nodes and not _in_use(node):
+        ledger = self.ledger
+        while node is not self.root and not _in_use(node) and node.nodeid in self._nodes:
+            if ledger.lookups(node.nodeid):
+                return
             del self._nodes[node.nodeid]
+            ledger.drop(node.nodeid)
             parents = [node.parent] if node.parent is not None else []
             if node.parent is not None and not node.unlinked:
                 _disown(node.parent, node.name)
             if node.links is not None:
                 self._by_inode.pop(node.links.key, None)
-                for parent, name in node.links.names:
+                for (parent, name), alias in node.links.names.items():
+                    ledger.drop(alias)
                     _disown(parent, name)
                     parents.append(parent)
             self._release(node)
@@ -367,9 +346,53 @@ class NodeTable:
             node = parents[0]
 
     def close(self) -> None:
-        """Close every descriptor that a node has."""
+        """Close every descriptor that a node has, and let go of the ledger."""
         for node in self._nodes.values():
             self._release(node)
+        self.ledger.close()
+
+    # What a process before this one knew.
+
+    def restore(self, records: list[Record], asleep: Asleep) -> None:
+        """Know again what the ledger has: `records` is all of it."""
+        nodes = self._nodes
+        for nodeid, _, name, number, _, flags in records:
+            if not flags & _NO_NODE:
+                node = (DirNode if flags & Flag.DIRECTORY else Node)(nodeid, None, name, asleep, number)
+                node.unlinked = bool(flags & Flag.UNLINKED)
+                nodes[nodeid] = node
+        for record in records:
+            if not record.flags & _NO_NODE:
+                self._restore_name(record)
+
+    def restore_alias(self, record: Record) -> None:
+        """The further name that `record` is of a node that is awake, and known by its inode."""
+        parent, node = self._nodes.get(record.parent), self._nodes.get(record.ino)
+        if not isinstance(parent, DirNode) or node is None or node.links is None or node is _known(parent, record.name):
+            self.ledger.drop(record.nodeid)
+        else:
+            _adopt(parent, record.name, node)
+            node.links.names[parent, record.name] = record.nodeid
+
+    def promote_alias(self, record: Record) -> None:
+        """A node that lost the name it was known by goes by the further name that `record` is, if it still has none."""
+        parent, node = self._nodes.get(record.parent), self._nodes.get(record.ino)
+        if isinstance(parent, DirNode) and node is not None and node.unlinked:
+            node.parent, node.name, node.unlinked = parent, record.name, False
+            _adopt(parent, record.name, node)
+            self.ledger.place(node.nodeid, parent.nodeid, record.name, Flag.LINKED)
+            self.ledger.drop(record.nodeid)
+
+    def _restore_name(self, record: Record) -> None:
+        parent, node = self._nodes.get(record.parent), self._nodes[record.nodeid]
+        if not isinstance(parent, DirNode):
+            # Its parent was let go of: so was it, a moment before the end.
+            del self._nodes[record.nodeid]
+            self.ledger.drop(record.nodeid)
+            return
+        node.parent = parent
+        if not node.unlinked:
+            _adopt(parent, record.name, node)
 
     def _release(self, node: Node) -> None:
         """Give up what only `node` has. Lower directories are made by a lookup, for one node."""
@@ -380,64 +403,17 @@ class NodeTable:
             self._dropped(node)
         if node.open is not None:
             self._fds.forget(node.open)
-            node.open.orphan = None
-
-
-class NamesKept(NamedTuple):
-    """Lower directories, merged, whose names are kept; the names in all; how often one was read, so far."""
-
-    lists: int
-    names: int
-    read: int
-
-
-class KeptNames:
-    """Which directories have merged names of their lowers: at most `limit` names in all, the oldest go first."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._nodes: dict[DirNode, int] = {}
-        self._count = 0
-        self._read = 0
-
-    def keep(self, node: DirNode) -> None:
-        """`node` has its `lower_names` now."""
-        assert node.lower_names is not None
-        self._read += 1
-        self.released(node)
-        self._nodes[node] = len(node.lower_names)
-        self._count += len(node.lower_names)
-        while self._count > self._limit and len(self._nodes) > 1:
-            oldest = next(iter(self._nodes))
-            self.released(oldest)
-            oldest.lower_names = None
-
-    def released(self, node: DirNode) -> None:
-        """`node` is gone."""
-        self._count -= self._nodes.pop(node, 0)
-
-    def forget(self) -> int:
-        """Keep none; returns how many that were."""
-        count = self._count
-        for node in self._nodes:
-            node.lower_names = None
-        self._nodes.clear()
-        self._count = 0
-        return count
-
-    def held(self) -> NamesKept:
-        """What is kept now."""
-        return NamesKept(len(self._nodes), self._count, self._read)
+            self._let_go_of(node)
 
 
 class Links:
-    """The names of an upper object beyond the node's own, and its (st_dev, st_ino)."""
+    """The names of an upper object beyond the node's own with their records, and its (st_dev, st_ino)."""
 
     __slots__ = ("key", "names")
 
     def __init__(self, key: tuple[int, int]) -> None:
         self.key = key
-        self.names: set[tuple[DirNode, bytes]] = set()
+        self.names: dict[tuple[DirNode, bytes], int] = {}
 
 
 def path_to(parent: Node, name: bytes) -> bytes:
@@ -458,7 +434,21 @@ def path_of(node: Node) -> bytes | None:
 
 def child(parent: DirNode, name: bytes) -> Node | None:
     """The node known as `name` in `parent`."""
+    node = _known(parent, name)
+    if node is not None and node.entry.asleep:
+        _wake(node)
+        return _known(parent, name)
+    return node
+
+
+def _known(parent: DirNode, name: bytes) -> Node | None:
+    """As `child`, asleep perhaps."""
     return None if parent.children is None else parent.children.get(name)
+
+
+def _wake(node: Node) -> None:
+    assert isinstance(node.entry, Asleep)
+    node.entry.wake(node)
 
 
 def _adopt(parent: DirNode, name: bytes, node: Node) -> None:

@@ -5,6 +5,7 @@ Rules this file obeys: what is refused, is refused before anything is written.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -34,6 +35,14 @@ def lock(fd: Fd, path: bytes, what: str) -> None:
         ) from exc
     except OSError as exc:
         log.warning("%s %s: cannot be locked (%s); do not mount it twice", what, os.fsdecode(path), exc.strerror)
+
+
+def unlock(fd: Fd) -> None:
+    """Give up a lock, also where other processes have copies of the descriptor."""
+    if fd.fd >= 0:
+        with contextlib.suppress(OSError):  # where there are no locks
+            fcntl.flock(fd.fd, fcntl.LOCK_UN)
+    fd.close()
 
 
 def _flock(fd: int) -> None:

@@ -22,7 +22,7 @@ from . import format as fmt
 from . import syscalls
 from .errors import LAYER, UserError
 from .fdcache import FdCache, Holder
-from .inuse import lock, refuse_kernel_mount
+from .inuse import lock, refuse_kernel_mount, unlock
 from .options import MountConfig
 from .syscalls import Fd
 
@@ -310,7 +310,7 @@ class LayerStack:
     def unlock(self) -> None:
         """Give up the locks on upper and work: from now on another mount may have them."""
         for held in self._locks:
-            held.close()
+            unlock(held)
 
     def close(self) -> None:
         """Close every descriptor; the locks on upper and work go with them."""

@@ -17,7 +17,7 @@ from _blake2 import blake2b  # hashlib's own; hashlib itself loads OpenSSL, a tw
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from operator import itemgetter
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from . import format as fmt
 from . import syscalls
@@ -225,3 +225,56 @@ def merge(upper: UpperNames | None, lowers: LowerNames | None) -> Iterator[tuple
         for name, ino, kind in lowers.rows():
             if upper is None or (name not in upper.names and name not in upper.hidden):
                 yield name, ino, kind
+
+
+class Named(Protocol):
+    """What merged names are kept in: a directory."""
+
+    lower_names: LowerNames | None
+
+
+class NamesKept(NamedTuple):
+    """Lower directories, merged, whose names are kept; the names in all; how often one was read, so far."""
+
+    lists: int
+    names: int
+    read: int
+
+
+class KeptNames:
+    """Which directories have merged names of their lowers: at most `limit` names in all, the oldest go first."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._nodes: dict[Named, int] = {}
+        self._count = 0
+        self._read = 0
+
+    def keep(self, node: Named) -> None:
+        """`node` has its `lower_names` now."""
+        assert node.lower_names is not None
+        self._read += 1
+        self.released(node)
+        self._nodes[node] = len(node.lower_names)
+        self._count += len(node.lower_names)
+        while self._count > self._limit and len(self._nodes) > 1:
+            oldest = next(iter(self._nodes))
+            self.released(oldest)
+            oldest.lower_names = None
+
+    def released(self, node: Named) -> None:
+        """`node` is gone."""
+        self._count -= self._nodes.pop(node, 0)
+
+    def forget(self) -> int:
+        """Keep none; returns how many that were."""
+        count = self._count
+        for node in self._nodes:
+            node.lower_names = None
+        self._nodes.clear()
+        self._count = 0
+        return count
+
+    def held(self) -> NamesKept:
+        """What is kept now."""
+        return NamesKept(len(self._nodes), self._count, self._read)

@@ -26,15 +26,16 @@ from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from . import format as fmt
-from . import syscalls
+from . import listing, syscalls
+from .entries import UPPER, Entry, Source
 from .fdcache import FdCache
 from .index import Index
-from .inodes import UPPER, DirNode, Entry, KeptNames, NamesKept, Node, Source
+from .inodes import DirNode, Node
 from .layers import DataMarks, LayerStack, LowerDir, exists, optional_xattr, read_data_marks, read_marks
 from .listing import DT_DIR, DT_REG, DT_UNKNOWN, Listing, LowerNames, UpperNames, merge, read_lowers, read_upper
 from .options import Verity
 from .syscalls import stat_or_none
-from .workdir import is_whiteout
+from .workdir import is_whiteout, kept_name
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,8 @@ class Resolver:
         """`metacopy`: data of files is looked for in lowers, too. `verity`: what is done about its digest."""
         #: Set where names of one lower object are kept together.
         self.index: Index | None = None
+        #: The directory where objects without a name are kept, if anywhere.
+        self.kept_in = -1
         self.follow_redirects = follow_redirects
         self.metacopy = metacopy
         self.verity = verity
@@ -80,7 +83,8 @@ class Resolver:
         self.name_max = os.fstatvfs(stack.top.root.fd).f_namemax
         #: The layer roots that are merged, top first: where absolute redirects start.
         self._roots: tuple[LowerDir, ...] = ()
-        self._kept = KeptNames(_KEEP_NAMES)
+        #: The directories whose merged names of lowers are kept.
+        self.kept = listing.KeptNames(_KEEP_NAMES)
 
     def root(self) -> Hit:
         """The root of the union: all layer roots, down to the first opaque one."""
@@ -100,6 +104,8 @@ class Resolver:
         if holder.fd is not None:
             holder.hot += 1
             return holder.fd.fd
+        if node.unlinked:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         missing: list[DirNode] = []
         at: DirNode | None = node
         while at is not None and at.handle.fd is None and at.parent is not None:
@@ -121,7 +127,7 @@ class Resolver:
         return self.upper_dir(node) if node.entry.upper else node.entry.lowers[0].open(self.fds)
 
     def spot(self, node: Node) -> Spot:
-        """Where the object of `node` can be reached; an unlinked one by its descriptor."""
+        """Where the object of `node` can be reached; ESTALE for one without a name that nobody kept."""
         if isinstance(node, DirNode):
             return Spot(self.directory(node), b"")
         entry = node.entry
@@ -130,11 +136,17 @@ class Resolver:
         if not entry.upper:
             return Spot(entry.lowers[0].open(self.fds), entry.name or node.name)
         if node.unlinked:
-            if node.open is None or node.open.orphan is None:
-                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-            return Spot(node.open.orphan.fd, b"")
+            return self._nameless(node)
         assert node.parent is not None
         return Spot(self.upper_dir(node.parent), node.name)
+
+    def _nameless(self, node: Node) -> Spot:
+        state = node.open
+        if state is not None and state.kept:
+            return Spot(self.kept_in, kept_name(node.nodeid))
+        if state is None or state.orphan is None:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return Spot(state.orphan.fd, b"")
 
     def stat(self, node: Node) -> os.stat_result:
         """lstat of the object of `node`."""
@@ -442,7 +454,7 @@ class Resolver:
             return None
         names = read_lowers(node.entry.lowers, self.stack, self.fds)
         node.lower_names = names
-        self._kept.keep(node)
+        self.kept.keep(node)
         return names
 
     def _pays(self, node: DirNode) -> bool:
@@ -450,18 +462,6 @@ class Resolver:
         if node.probes == 1:
             return sum(os.fstat(lower.open(self.fds)).st_size for lower in node.entry.lowers) <= _READ_AT_ONCE
         return node.probes > _READ_AFTER
-
-    def released(self, node: DirNode) -> None:
-        """`node` is gone: nothing is kept for it."""
-        self._kept.released(node)
-
-    def names_kept(self) -> NamesKept:
-        """What is kept of lower directories."""
-        return self._kept.held()
-
-    def forget_names(self) -> int:
-        """Keep no merged names; returns how many that were."""
-        return self._kept.forget()
 
     def _read_upper(self, node: DirNode) -> UpperNames | None:
         if not node.entry.upper:

@@ -17,11 +17,13 @@ from typing import NamedTuple
 
 from . import acl, owners, syscalls
 from . import format as fmt
+from .acl import Heritage
 from .copyup import CopyUp
 from .guard import layer_of
-from .inodes import DirNode, Heritage, Node, NodeTable, child
+from .inodes import DirNode, Node, NodeTable, child
 from .layers import optional_xattr
-from .lookup import Resolver
+from .ledger import Kind
+from .lookup import Hit, Resolver
 from .owners import Owners
 from .places import Place, Places, fail
 from .steps import Op
@@ -84,15 +86,22 @@ class Mutations:
         self._own_and_publish(staged, place, bits, access, caller)
         return staged.fd
 
-    def tmpfile(self, parent: DirNode, mode: int, caller: Caller) -> syscalls.Fd:
-        """A regular file without a name, opened O_RDWR; EOPNOTSUPP where the upper has no O_TMPFILE."""
+    def tmpfile(self, parent: DirNode, mode: int, caller: Caller) -> tuple[Node, syscalls.Fd]:
+        """A regular file without a name, and its fd, O_RDWR; EOPNOTSUPP where the upper has no O_TMPFILE."""
         if not self._work.abilities.tmpfile:
             raise fail(errno.EOPNOTSUPP)
         self._places.alive(parent)
         bits, access = self._inherit(parent, mode, caller)
         staged = self._work.stage_file(owners.disk_mode(bits, self._form))
         self._own(staged, parent, bits, access, caller)
-        return staged.fd
+        node = self._table.add_unnamed(parent, self._resolver.stack.ino(os.fstat(staged.fd.fd)))
+        try:
+            self._work.keep_staged(staged, node.nodeid)
+        except BaseException:
+            self._table.settle(node)
+            raise
+        node.state().kept = True
+        return node, staged.fd
 
     def symlink(self, parent: DirNode, name: bytes, target: bytes, caller: Caller) -> None:
         place = self._places.new(parent, name)
@@ -169,15 +178,24 @@ class Mutations:
             yield from self._places.to_upper(parent, name, hit)
         below = self._resolver.lower_has(parent, name)
         place = Place(parent, self._copy_up.directory(parent), name)
+        node = child(parent, name)
         if not hit.entry.upper:
-            self._places.keep_data(child(parent, name))
+            self._places.keep_data(node)
+            self._intend_gone(parent, name, hit)
             self._places.whiteout(place)
         else:
-            self._places.hold(child(parent, name))
             self._places.before_counting(hit.entry)
-            self._remove_upper(place, below)
+            self._intend_gone(parent, name, hit)
+            if below or not self._places.take(node, place):
+                self._places.hold(node)
+                self._remove_upper(place, below)
         self._table.unname(parent, name)
+        self._table.ledger.done()
         self._places.after_counting(hit.entry)
+
+    def _intend_gone(self, parent: DirNode, name: bytes, hit: Hit) -> None:
+        record, lower = self._table.record_of(parent, name), not hit.entry.upper
+        self._table.ledger.intend(Kind.GONE, parent.nodeid, name, record=record, lower=lower)
 
     def _remove_upper(self, place: Place, below: bool) -> None:
         if not below:
@@ -197,12 +215,14 @@ class Mutations:
         self._places.require_empty(parent, name, hit)
         below = self._resolver.lower_has(parent, name)
         place = Place(parent, self._copy_up.directory(parent), name)
+        self._intend_gone(parent, name, hit)
         if not hit.entry.upper:
             self._places.whiteout(place)
         else:
             self._places.hold(child(parent, name))
             self._remove_upper_dir(place, below)
         self._table.unname(parent, name)
+        self._table.ledger.done()
 
     def _remove_upper_dir(self, place: Place, below: bool) -> None:
         if below and self._work.abilities.whiteout != "wh":
@@ -238,14 +258,10 @@ class Mutations:
                     self._places.redirect_data(fd, Place(node.parent, -1, node.name), None)
                 self._places.before_counting(node.entry)
                 self._places.expect_origin(place, node.entry, None if node.unlinked else node.parent)
-                self._places.publish_new(staged, place)
+                self._places.publish_new(staged, place, node)
             except BaseException:
                 staged.abandon()
                 raise
         self._table.know_inode((st.st_dev, st.st_ino), node)
         self._table.alias(node, parent, name)
-        self._release_orphan(node)
-
-    def _release_orphan(self, node: Node) -> None:
-        if node.open is not None and not node.unlinked:
-            node.open.orphan = None
+        self._table.ledger.done()

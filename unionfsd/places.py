@@ -4,7 +4,8 @@ Rules this file obeys:
 
 - Whether a name is there, is a whiteout, or may be made, is asked here; what that means is decided in `lookup`.
 - A new name is published by one call, over a whiteout if there is one.
-- A removed object that the kernel knows is held by a descriptor first.
+- A removed object that the kernel knows is kept in work, or else held by a descriptor, first.
+- What is about to be published is in the ledger before it is, so that a successor does not do it again.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from typing import Final, NamedTuple
 from . import format as fmt
 from . import syscalls
 from .copyup import CopyUp
+from .entries import Entry
 from .guard import Guard
-from .inodes import DirNode, Entry, Node, NodeTable, child
+from .inodes import DirNode, Node, NodeTable, child
 from .layers import read_data_marks
+from .ledger import Kind
 from .lookup import Hit, Resolver
 from .steps import Op
 from .syscalls import stat_or_none
@@ -71,6 +74,7 @@ class Places:
 
     def __init__(self, resolver: Resolver, work: Workdir, copy_up: CopyUp, table: NodeTable, guard: Guard) -> None:
         self.guard = guard
+        self.ledger = table.ledger
         self._table = table
         self._resolver = resolver
         self._work = work
@@ -164,9 +168,27 @@ class Places:
             if node.entry.upper:
                 self._resolver.upper_dir(node)
                 node.handle.pinned = True
-        elif node.entry.upper and node.state().orphan is None:
+        elif self._loses_all(node) and not node.state().kept and node.state().orphan is None:
             self.keep_data(node)
-            node.state().orphan = self._resolver.open_object(node)
+            if node.entry.index is None and node.parent is not None:
+                dirfd = self._resolver.upper_dir(node.parent)
+                node.state().kept = self._work.keep(dirfd, node.name, node.nodeid)
+            if not node.state().kept:
+                node.state().orphan = self._resolver.open_object(node)
+
+    def take(self, node: Node | None, place: Place) -> bool:
+        """Remove a name of the upper by moving the object to where it is kept; False where that is not possible."""
+        if node is None or isinstance(node, DirNode) or node.entry.index is not None or not self._loses_all(node):
+            return False
+        self.keep_data(node)
+        if not self._work.take(place.dirfd, place.name, node.nodeid):
+            return False
+        node.state().kept = True
+        return True
+
+    def _loses_all(self, node: Node) -> bool:
+        """Whether an upper object that loses a name can be reached by no other name that is known."""
+        return node.entry.upper and (node.links is None or not node.links.names)
 
     def keep_data(self, node: Node | None) -> None:
         """Know where the data of a file is before it loses the name that says so. One without any goes all the same."""
@@ -212,8 +234,13 @@ class Places:
         if not self._resolver.is_empty(node):
             raise fail(errno.ENOTEMPTY, name)
 
-    def publish_new(self, staged: Staged, place: Place) -> None:
+    def publish_new(self, staged: Staged, place: Place, linked: Node | None = None) -> None:
+        """Make a new name, of a new object or of one that is `linked`."""
         parent, dirfd, name = place
+        if linked is None:
+            self.ledger.intend(Kind.NEW, parent.nodeid, name)
+        else:
+            self.ledger.intend(Kind.LINK, parent.nodeid, name, record=linked.nodeid)
         try:
             staged.publish(dirfd, name)
         except FileExistsError:

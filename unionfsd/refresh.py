@@ -57,7 +57,7 @@ class Memory:
 
     def drop(self) -> Dropped:
         """Give up every descriptor and every listing that can be had again."""
-        return Dropped(self._fds.shed(), self._resolver.forget_names())
+        return Dropped(self._fds.shed(), self._resolver.kept.forget())
 
     def nodeids(self) -> list[int]:
         """Of everything known."""
@@ -122,7 +122,7 @@ class Memory:
         return looked
 
     def _forget(self, node: DirNode) -> None:
-        self._resolver.released(node)
+        self._resolver.kept.released(node)
         node.doubt()
 
     def _again(self, parent: DirNode, name: bytes, node: Node) -> bool:

@@ -18,7 +18,9 @@ from typing import Final
 from . import format as fmt
 from . import intent, syscalls
 from .copyup import CopyUp
-from .inodes import UPPER, DirNode, Entry, NodeTable, child
+from .entries import UPPER, Entry
+from .inodes import DirNode, NodeTable, child
+from .ledger import Kind
 from .lookup import Hit, Resolver
 from .metadata import apply_metadata, read_metadata
 from .places import Place, Places, fail, lower_path, path_of
@@ -108,8 +110,24 @@ class Renames:
         assert target is not None
         self._prepare(here, there, source)
         self._prepare(there, here, target)
+        self._intend(Kind.EXCHANGE, here, there, source, target)
         self._swap(here, there)
         self._table.exchange(here.parent, here.name, there.parent, there.name)
+        self._table.ledger.done()
+
+    def _intend(self, kind: Kind, here: Place, there: Place, source: Hit, target: Hit | None) -> None:
+        table = self._table
+        table.ledger.intend(
+            kind,
+            here.parent.nodeid,
+            here.name,
+            record=table.record_of(here.parent, here.name),
+            other=table.record_of(there.parent, there.name),
+            new_parent=there.parent.nodeid,
+            new_name=there.name,
+            ino=source.st.st_ino,
+            lower=target is not None and not target.entry.upper,
+        )
 
     def _prepare(self, here: Place, there: Place, hit: Hit) -> None:
         """Before an object moves: one with lowers says what they call it, a directory without hides what it covers."""
@@ -149,12 +167,14 @@ class Renames:
             self._places.hold(child(there.parent, there.name))
             self._places.before_counting(target.entry)
         is_dir = stat.S_ISDIR(source.st.st_mode)
+        self._intend(Kind.RENAME, here, there, source, target)
         if self._resolver.lower_has(here.parent, here.name):
             self._move_and_whiteout(here, there, target, is_dir)
         else:
             self._move(here, there, is_dir)
         self._table.unname(there.parent, there.name)
         self._table.move(here.parent, here.name, there.parent, there.name)
+        self._table.ledger.done()
         if target is not None:
             self._places.after_counting(target.entry)
         self._places.unhide(there)

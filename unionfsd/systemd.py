@@ -8,6 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import socket
+
+#: Set in a process that has a keeper, which is the one that the service manager heeds.
+_through: socket.socket | None = None
 
 
 def listening() -> bool:
@@ -55,7 +62,33 @@ def notify(*assignments: str) -> bool:
     return _send(assignments)
 
 
+def relay(end: socket.socket) -> None:
+    """From now on this process speaks through `end`, whose other end does `pass_on`; the watchdog means it, too."""
+    global _through
+    _through = end
+    if "WATCHDOG_PID" in os.environ:
+        os.environ["WATCHDOG_PID"] = str(os.getpid())
+
+
+def pass_on(message: bytes, fds: Sequence[int]) -> bool:
+    """Send what came through a `relay`."""
+    return _send_bytes(message, fds)
+
+
 def _send(assignments: Sequence[str], fds: Sequence[int] = ()) -> bool:
+    message = "\n".join(assignments).encode()
+    if _through is None:
+        return _send_bytes(message, fds)
+    import socket
+
+    try:
+        socket.send_fds(_through, [message], fds)
+    except OSError:
+        return False
+    return True
+
+
+def _send_bytes(message: bytes, fds: Sequence[int]) -> bool:
     if not listening():
         return False
     address = os.environ["NOTIFY_SOCKET"]
@@ -64,7 +97,6 @@ def _send(assignments: Sequence[str], fds: Sequence[int] = ()) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
         try:
             sock.connect("\0" + address[1:] if address[0] == "@" else address)
-            message = "\n".join(assignments).encode()
             if fds:
                 socket.send_fds(sock, [message], fds)
             else:

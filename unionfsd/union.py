@@ -16,9 +16,10 @@ import os
 import stat
 from collections.abc import Iterator
 from functools import partial
-from typing import Final, NamedTuple, TypedDict, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 from . import intent, syscalls
+from .abilities import Abilities
 from .attributes import Attr, Attributes, SetAttr
 from .copyup import CopyUp
 from .errors import LAYER, UserError
@@ -26,22 +27,24 @@ from .events import Events
 from .fdcache import FdCache, fd_budget
 from .guard import Guard
 from .handles import Handles
+from .heir import Heir, Inheritance
 from .index import Index, open_index
 from .inodes import ROOT_ID, DirNode, Node, NodeTable, child, path_of, path_to
 from .layers import LayerStack, open_stack
+from .ledger import Ledger
 from .listing import Dirent
 from .lookup import Hit, Resolver
 from .metadata import Keeping
 from .metrics import Counters, Holdings, Statistics
 from .mutations import Caller, Mutations
-from .options import MountConfig, Verity
+from .options import MountConfig
 from .owners import Owners, StatLike, keep_owners
 from .places import Places, fail
 from .readers import Readers
 from .refresh import Memory
 from .renames import Renames
 from .steps import Blocking, FrozenError, Gate, Op
-from .workdir import Abilities, Workdir, open_workdir
+from .workdir import Workdir, open_workdir
 
 __all__ = ["ROOT_ID", "Attr", "Caller", "Dirent", "Found", "SetAttr", "StatLike", "Union"]
 
@@ -64,7 +67,12 @@ class Union:
     root: Final = ROOT_ID
 
     def __init__(
-        self, stack: LayerStack, work: Workdir | None, config: MountConfig, index: Index | None = None
+        self,
+        stack: LayerStack,
+        work: Workdir | None,
+        config: MountConfig,
+        index: Index | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         self.config = config
         self.counters = Counters()
@@ -73,11 +81,13 @@ class Union:
         self._work = work
         self._frozen: Gate | None = None
         self._fds = FdCache(fd_budget())
-        self._resolver = Resolver(stack, self._fds, **_rules(config))
+        self._resolver = Resolver(stack, self._fds, **config.rules)
         self._resolver.index = self._index = index
+        self._resolver.kept_in = -1 if work is None else work.fd
         root = self._resolver.root()
         self._readers = Readers(self._resolver)
-        self._table = NodeTable(root.entry, root.ino, self._fds, self._dropped)
+        self._table = NodeTable(root.entry, root.ino, self._fds, self._dropped, ledger, work.let_go if work else None)
+        self.ledger = self._table.ledger
         owners = Owners(config)
         guard = Guard(self._resolver, work)
         copy_up = None
@@ -97,7 +107,9 @@ class Union:
             self._mutations = Mutations(self._resolver, self._table, work, copy_up, places, noacl=config.noacl)
             self._renames = Renames(self._resolver, self._table, work, copy_up, places, redirects=redirects)
         self._handles = Handles(self._resolver, self._table, self._fds, copy_up, guard, work, syncs=config.syncs)
-        self._attributes = Attributes(self._resolver, self._handles, copy_up, owners, guard if work else None, config)
+        self._attributes = Attributes(
+            self._resolver, self._handles, copy_up, owners, guard if work else None, self.ledger, config
+        )
 
     @classmethod
     def mount(cls, config: MountConfig) -> Union:
@@ -119,8 +131,12 @@ class Union:
             raise
 
     def _dropped(self, node: DirNode) -> None:
-        self._resolver.released(node)
+        self._resolver.kept.released(node)
         self._readers.end(node)
+
+    def resume(self) -> Inheritance:
+        """Go on where the process stopped that had the ledger before."""
+        return Heir(self._resolver, self._table, self._work).resume()
 
     def freeze(self) -> None:
         """From now on no change begins; what has begun is not waited for. Once at a time."""
@@ -269,9 +285,7 @@ class Union:
     def tmpfile(self, parent: int, mode: int, flags: int, caller: Caller) -> Op[Found]:
         """open(2) with O_TMPFILE; counts a lookup and an open."""
         directory = self._table.directory(parent)
-        fd = self._change().tmpfile(directory, stat.S_IFREG | stat.S_IMODE(mode), caller)
-        node = self._table.add_unnamed(directory, self.stack.ino(os.fstat(fd.fd)))
-        node.state().orphan = syscalls.reopen(fd.fd, os.O_PATH)
+        node, fd = self._change().tmpfile(directory, stat.S_IFREG | stat.S_IMODE(mode), caller)
         self._handles.opened(node, fd)
         yield from ()
         return self._found(node, os.fstat(fd.fd))
@@ -447,7 +461,7 @@ class Union:
     def holdings(self) -> Holdings:
         """What the mount holds now."""
         fds = self._fds
-        return Holdings(len(self._table), len(fds), fds.capacity, *fds.usage(), *self._resolver.names_kept())
+        return Holdings(len(self._table), len(fds), fds.capacity, *fds.usage(), *self._resolver.kept.held())
 
     @property
     def abilities(self) -> Abilities | None:
@@ -467,21 +481,6 @@ class Union:
     def reader(self) -> Resolver:
         """A resolver for one thread: it shares with the mount's own only the layers' roots, open until `close`."""
         stack = LayerStack(self.stack.lowers, self.stack.upper, None, (), self.stack.data)
-        resolver = Resolver(stack, FdCache(FdCache.MINIMUM), **_rules(self.config))
+        resolver = Resolver(stack, FdCache(FdCache.MINIMUM), **self.config.rules)
         resolver.index = self._index
         return resolver
-
-
-class _Rules(TypedDict):
-    follow_redirects: bool
-    metacopy: bool
-    verity: Verity
-
-
-def _rules(config: MountConfig) -> _Rules:
-    """What a mount's resolvers follow."""
-    return {
-        "follow_redirects": config.redirect_dir != "nofollow",
-        "metacopy": config.metacopy == "on",
-        "verity": config.verity,
-    }

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from . import syscalls
 from .changes import GONE, names_in, start
-from .inodes import UPPER, DirNode
+from .entries import UPPER
+from .inodes import DirNode
 from .lookup import Resolver
 
 

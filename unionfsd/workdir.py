@@ -5,7 +5,6 @@ Rules this file obeys:
 - Whatever appears in the upper appears whole, by one rename or link out of ``work/work`` (fs/overlayfs/super.c has the
   layout). What a crash leaves there is litter: the next mount sweeps it, and nothing else needs repair.
 - A staged name is ``#`` and a number, as the kernel's are (ovl_tempname).
-- What the upper's file system can do is tried, not looked up: `Abilities` says what worked.
 """
 
 from __future__ import annotations
@@ -14,40 +13,26 @@ import errno
 import logging
 import os
 import stat
-from typing import Final, Literal, NamedTuple
+from typing import Final
 
 from . import format as fmt
 from . import syscalls
+from .abilities import Abilities, probe
 from .errors import LAYER, UserError
 from .layers import LayerStack, exists, is_xattr_whiteout, optional_xattr
 from .options import MountConfig
+from .removal import names_in, own_names, remove_tree
 from .syscalls import Fd
 
 log = logging.getLogger(__name__)
 
-WhiteoutForm = Literal["chardev", "xattr", "wh"]
-
 #: The record that `intent` keeps in work; the sweep leaves it to be acted upon.
 INTENT: Final = b"#intent"
 
+#: What has no name in the union any more, but is in use, has one in work: this and its nodeid.
+_KEPT: Final = b"#o"
+
 _OURS: Final = {fmt.WORK, fmt.INDEX}
-_UNSUPPORTED: Final = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EISDIR}
-
-
-class Abilities(NamedTuple):
-    """What the upper can do. `namespace` is the prefix of the format's xattrs, None when the upper keeps none."""
-
-    namespace: bytes | None
-    whiteout: WhiteoutForm
-    tmpfile: bool
-    noreplace: bool
-    exchange: bool
-    rename_whiteout: bool
-
-    @property
-    def can_redirect(self) -> bool:
-        """Whether merged directories can be renamed: a ``.wh.`` entry beside one would hide its own lowers first."""
-        return self.namespace is not None and self.whiteout != "wh"
 
 
 class Staged:
@@ -107,6 +92,7 @@ class Workdir:
         self.litter = 0
         self._counter = 0
         self._whiteout: bytes | None = None
+        self._kept: set[bytes] = set()
 
     def fresh_name(self) -> bytes:
         """A name that nothing in work has: work is swept at mount and locked."""
@@ -231,6 +217,50 @@ class Workdir:
         if name is not None:
             self.discard(name)
 
+    # Objects that lost their names in the union while somebody may use them.
+
+    def keep(self, dirfd: int, name: bytes, nodeid: int) -> bool:
+        """Give the object `name` of the upper, which is about to lose that, a name in work, if that is possible."""
+        kept = kept_name(nodeid)
+        try:
+            syscalls.link_at(dirfd, name, self.fd, kept)
+        except OSError:
+            return False  # its descriptor has to do, as where there are no hard links
+        self._kept.add(kept)
+        return True
+
+    def take(self, dirfd: int, name: bytes, nodeid: int) -> bool:
+        """Move the object `name` of the upper to work, if that is possible: in the upper it is gone then."""
+        kept = kept_name(nodeid)
+        try:
+            syscalls.renameat2(dirfd, name, self.fd, kept)
+        except OSError:
+            return False  # no room for the name in work, say; removing the object takes none
+        self._kept.add(kept)
+        return True
+
+    def keep_staged(self, staged: Staged, nodeid: int) -> None:
+        """Give a staged object no other name than one in work."""
+        kept = kept_name(nodeid)
+        staged.publish(self.fd, kept)
+        self._kept.add(kept)
+
+    def let_go(self, nodeid: int) -> None:
+        """Nobody uses what is kept of `nodeid` any more."""
+        kept = kept_name(nodeid)
+        self._kept.discard(kept)
+        self.discard(kept)
+
+    def take_over(self, wanted: set[int]) -> set[int]:
+        """Sweep what a process before this one left, but for what it kept of `wanted`; returns the nodeids of that."""
+        names = {kept_name(nodeid): nodeid for nodeid in wanted}
+        found = own_names(self.fd)
+        self._kept = names.keys() & set(found)
+        for name in found:
+            if name not in self._kept and name not in (INTENT, fmt.INCOMPAT):
+                self.discard(name)
+        return {names[name] for name in self._kept}
+
     # Cleaning.
 
     def discard(self, name: bytes) -> None:
@@ -246,21 +276,10 @@ class Workdir:
     def close(self) -> None:
         """Take the shared whiteout away and close; what is staged by others stays for the sweep."""
         self._retire_whiteout()
+        for name in self._kept:
+            self.discard(name)
+        self._kept.clear()
         self._directory.close()
-
-
-def remove_tree(dirfd: int, name: bytes) -> None:
-    """Remove `name` beneath `dirfd` with all that it holds, following nothing."""
-    try:
-        syscalls.unlink_at(dirfd, name)
-        return
-    except (IsADirectoryError, PermissionError) as exc:
-        if not stat.S_ISDIR(syscalls.stat_at(dirfd, name).st_mode):
-            raise exc
-    with syscalls.open_dir(dirfd, name) as fd:
-        for child in _own_names(fd.fd):
-            remove_tree(fd.fd, child)
-    syscalls.rmdir_at(dirfd, name)
 
 
 def open_workdir(stack: LayerStack, config: MountConfig) -> Workdir:
@@ -273,15 +292,20 @@ def open_workdir(stack: LayerStack, config: MountConfig) -> Workdir:
         _refuse_foreign(stack.work.fd, path)
         _refuse_other_mount(stack.work.fd, stack.upper.root.fd, path)
         directory = _open_or_make(stack.work.fd, fmt.WORK)
-        _own_names(directory.fd)
+        own_names(directory.fd)
         _sweep(directory.fd, path)
-        abilities = _probe(directory.fd, config)
+        abilities = probe(directory.fd, config)
         _keep_uuid(stack.upper.root.fd, abilities.namespace, config)
     except OSError as exc:
         raise UserError(f"workdir {path}: {exc.strerror}", hint="the upper must be writable", code=LAYER) from exc
     if config.volatile:
         _mark_volatile(directory.fd)
     return Workdir(directory, abilities, syncs=config.syncs)
+
+
+def kept_name(nodeid: int) -> bytes:
+    """The name in work of what is kept of `nodeid`."""
+    return _KEPT + b"%x" % nodeid
 
 
 def _keep_uuid(root: int, namespace: bytes | None, config: MountConfig) -> None:
@@ -296,22 +320,8 @@ def _keep_uuid(root: int, namespace: bytes | None, config: MountConfig) -> None:
             syscalls.setxattr(root, namespace + fmt.UUID, os.urandom(16))
 
 
-def _own_names(fd: int) -> list[bytes]:
-    """Names in a directory that we may remove; without privileges it may have to be made readable for that."""
-    try:
-        return _names(fd)
-    except PermissionError:
-        syscalls.chmod(fd, 0o700)
-        return _names(fd)
-
-
-def _names(fd: int) -> list[bytes]:
-    with os.scandir(syscalls.proc_path(fd)) as entries:
-        return [entry.name for entry in entries]
-
-
 def _refuse_foreign(fd: int, path: str) -> None:
-    foreign = sorted(set(_names(fd)) - _OURS)
+    foreign = sorted(set(names_in(fd)) - _OURS)
     if foreign:
         raise UserError(
             f"workdir {path} holds {os.fsdecode(foreign[0])!r}, which is not a union's",
@@ -344,10 +354,10 @@ def _open_or_make(dirfd: int, name: bytes) -> Fd:
 
 def _sweep(fd: int, path: str) -> None:
     """Remove what a crash left staged; an upper that was volatile is refused (ovl.rst, "Volatile")."""
-    names = set(_names(fd)) - {INTENT}
+    names = set(names_in(fd)) - {INTENT}
     if fmt.INCOMPAT in names:
         with syscalls.open_dir(fd, fmt.INCOMPAT) as incompat:
-            if _names(incompat.fd):
+            if names_in(incompat.fd):
                 raise UserError(
                     f"workdir {path}: the last mount of this upper was volatile, and a crash may have damaged it",
                     hint=f"check the upper, then remove {path}/work/incompat to accept it",
@@ -360,109 +370,6 @@ def _sweep(fd: int, path: str) -> None:
 def _mark_volatile(fd: int) -> None:
     with _open_or_make(fd, fmt.INCOMPAT) as incompat:
         _open_or_make(incompat.fd, fmt.VOLATILE).close()
-
-
-def _probe(fd: int, config: MountConfig) -> Abilities:
-    a, b = b"#probe-a", b"#probe-b"
-    namespace = _probe_namespace(fd, a, config)
-    form = _probe_whiteout(fd, a, config, namespace)
-    exchange = _probe_rename(fd, a, b, syscalls.RENAME_EXCHANGE, both=True)
-    noreplace = _probe_rename(fd, a, b, syscalls.RENAME_NOREPLACE)
-    whiteout = form == "chardev" and _probe_rename(fd, a, b, syscalls.RENAME_WHITEOUT)
-    found = Abilities(namespace, form, _probe_tmpfile(fd), noreplace, exchange, whiteout)
-    _report(found, config)
-    return found
-
-
-def _report(found: Abilities, config: MountConfig) -> None:
-    """One warning for each thing that the upper lacks and nobody asked to do without."""
-    if found.namespace is None:
-        log.warning(
-            "upper keeps no xattrs: no origins, directories of a lower cannot be renamed (EXDEV), opaque ones are "
-            "written as .wh..wh..opq"
-        )
-    if config.whiteout == "auto" and found.whiteout != "chardev":
-        form = "empty files with an xattr" if found.whiteout == "xattr" else ".wh. files"
-        log.warning("upper takes no device nodes 0:0: deletions are recorded as %s", form)
-    if found.whiteout == "chardev" and not found.rename_whiteout:
-        log.warning("upper has no RENAME_WHITEOUT: after a crash in some renames only unionfsd can put it right")
-    if not found.exchange:
-        log.warning("upper has no RENAME_EXCHANGE: what replaces a directory or its whiteout is refused with EXDEV")
-    if not found.noreplace:
-        log.warning("upper has no RENAME_NOREPLACE: nobody else may change it while it is mounted")
-    if not found.tmpfile:
-        log.warning("upper has no O_TMPFILE: neither has the mount")
-
-
-def _probe_namespace(fd: int, name: bytes, config: MountConfig) -> bytes | None:
-    wanted = (fmt.USER,) if config.userxattr else (fmt.TRUSTED, fmt.USER)
-    with syscalls.create_at(fd, name, 0o600) as probe:
-        found = next((ns for ns in wanted if _accepts(probe.fd, ns)), None)
-    remove_tree(fd, name)
-    return found
-
-
-def _accepts(fd: int, namespace: bytes) -> bool:
-    try:
-        syscalls.setxattr(fd, namespace + fmt.OPAQUE, fmt.OPAQUE_YES)
-    except OSError as exc:
-        if exc.errno in _UNSUPPORTED:
-            return False
-        raise
-    return True
-
-
-def _probe_whiteout(fd: int, name: bytes, config: MountConfig, namespace: bytes | None) -> WhiteoutForm:
-    if config.whiteout == "wh":
-        return "wh"
-    if config.whiteout in ("auto", "chardev"):
-        try:
-            syscalls.mknod_at(fd, name, stat.S_IFCHR, os.makedev(0, 0))
-            remove_tree(fd, name)
-            return "chardev"
-        except OSError as exc:
-            if exc.errno not in _UNSUPPORTED:
-                raise
-            if config.whiteout == "chardev":
-                raise _no_whiteouts("chardev", exc.strerror) from exc
-    if namespace is not None:
-        return "xattr"
-    if config.whiteout == "xattr":
-        raise _no_whiteouts("xattr", "it keeps no xattrs")
-    return "wh"
-
-
-def _no_whiteouts(form: str, why: str | None) -> UserError:
-    return UserError(f"upper cannot keep whiteouts of the form {form}: {why}", hint="use whiteout=auto", code=LAYER)
-
-
-def _probe_rename(fd: int, a: bytes, b: bytes, flag: int, *, both: bool = False) -> bool:
-    for name in (a, b) if both else (a,):
-        syscalls.create_at(fd, name, 0o600).close()
-    try:
-        syscalls.renameat2(fd, a, fd, b, flag)
-        return True
-    except OSError as exc:
-        if exc.errno not in _UNSUPPORTED:
-            raise
-        return False
-    finally:
-        for name in (a, b):
-            try:
-                remove_tree(fd, name)
-            except FileNotFoundError:
-                pass
-
-
-def _probe_tmpfile(fd: int) -> bool:
-    name = b"#probe-t"
-    try:
-        with syscalls.tmpfile_at(fd, 0o600) as probe:
-            syscalls.link_fd(probe.fd, fd, name)
-    except OSError:
-        return False
-    remove_tree(fd, name)
-    return True
 
 
 def is_whiteout(dirfd: int, name: bytes, st: os.stat_result, *, xwhiteouts: bool) -> bool:

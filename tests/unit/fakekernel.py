@@ -14,6 +14,7 @@ from unionfsd.events import Events
 from unionfsd.fuse import wire
 from unionfsd.fuse.abi import InitFlag, Opcode
 from unionfsd.fuse.channel import Channel
+from unionfsd.ledger import Ledger
 from unionfsd.metrics import Counters, Holdings
 from unionfsd.options import MountConfig
 from unionfsd.steps import Op
@@ -93,6 +94,7 @@ class FakeUnion:
 
     def __init__(self) -> None:
         self.counters = Counters()
+        self.ledger = Ledger.new()
         self.events = Events()
         self.calls: list[tuple[Any, ...]] = []
         self.entries = [Dirent(b".", 1, 4, 1), Dirent(b"..", 1, 4, 2)]

@@ -54,8 +54,9 @@ class Opened:
         self.fds = FdCache(FdCache.MINIMUM)
         self.resolver = Resolver(self.stack, self.fds, follow_redirects=False)
         root = self.resolver.root()
-        self.table = NodeTable(root.entry, root.ino, self.fds, self.resolver.released)
         self.work = open_workdir(self.stack, config)
+        self.resolver.kept_in = self.work.fd
+        self.table = NodeTable(root.entry, root.ino, self.fds, self.resolver.kept.released, let_go=self.work.let_go)
         self.counters = Counters()
         self.copy_up = CopyUp(self.resolver, self.work, self.fds, self.counters, Keeping(Owners(config), None))
 

@@ -10,8 +10,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from unionfsd.entries import UPPER, Entry
 from unionfsd.fdcache import FdCache
-from unionfsd.inodes import ROOT_ID, UPPER, DirNode, Entry, Node, NodeTable, child
+from unionfsd.inodes import ROOT_ID, DirNode, Node, NodeTable, child
 from unionfsd.syscalls import Fd
 
 NAMES = [b"a", b"b", b"c", b"d"]

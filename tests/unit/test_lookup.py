@@ -19,8 +19,9 @@ from tests.union.stack import Stack, has_kernel_overlayfs, overlay, stacked
 from tests.union.trees import Entry, Obj, Whiteout, build, directory, regular, symlink
 from unionfsd import format as fmt
 from unionfsd import lookup, syscalls
+from unionfsd.entries import UPPER
 from unionfsd.fdcache import FdCache
-from unionfsd.inodes import UPPER, DirNode, Node, NodeTable
+from unionfsd.inodes import DirNode, Node, NodeTable
 from unionfsd.layers import open_stack
 from unionfsd.listing import LowerNames
 from unionfsd.lookup import Hit, Resolver
@@ -58,7 +59,7 @@ def resolving(layers: Stack, kind: type[Resolver] = Resolver) -> Iterator[tuple[
     try:
         resolver = kind(stack, FdCache(FdCache.MINIMUM), follow_redirects=True)
         root = resolver.root()
-        yield resolver, NodeTable(root.entry, root.ino, resolver.fds, resolver.released).root
+        yield resolver, NodeTable(root.entry, root.ino, resolver.fds, resolver.kept.released).root
     finally:
         stack.close()
 
@@ -342,7 +343,7 @@ def test_no_more_names_are_kept_than_there_is_room_for(monkeypatch: pytest.Monke
             nodes.append(DirNode(index, root, b"%d" % index, hit.entry, hit.ino))
             assert resolver.find(nodes[-1], b"a") is not None
         assert [node.lower_names is not None for node in nodes] == [False, False, True, True]
-        resolver.released(nodes[2])  # makes room
+        resolver.kept.released(nodes[2])  # makes room
         resolver.lower_names(nodes[0], read=True)
         assert [nodes[0].lower_names is not None, nodes[3].lower_names is not None] == [True, True]
 

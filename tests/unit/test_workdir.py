@@ -17,10 +17,12 @@ from tests.harness import Layers, MountFactory
 from tests.trees import fingerprint
 from unionfsd import errors, intent, syscalls
 from unionfsd import format as fmt
+from unionfsd.abilities import Abilities, WhiteoutForm
 from unionfsd.errors import UserError
 from unionfsd.layers import open_stack
 from unionfsd.options import MountConfig
-from unionfsd.workdir import Abilities, Staged, WhiteoutForm, Workdir, open_workdir, remove_tree
+from unionfsd.removal import remove_tree
+from unionfsd.workdir import Staged, Workdir, open_workdir
 
 EVERYTHING = Abilities(fmt.TRUSTED, "chardev", tmpfile=True, noreplace=True, exchange=True, rename_whiteout=True)
 

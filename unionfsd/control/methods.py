@@ -87,6 +87,8 @@ class Methods:
             "mounted": line is not None,
             "id": mounted.number,
             "pid": os.getpid(),
+            "keeper": mounted.keeper if mounted.keeper == os.getppid() else None,
+            "restarts": mounted.restarts,
             "owner": os.geteuid(),
             "socket": to_json.text(mounted.socket),
             "source": config.fsname,

@@ -39,6 +39,8 @@ REFUSED: Final = -32002
 """This client may not use the socket."""
 UNSUPPORTED: Final = -32003
 """This mount cannot do it, for its options or its kernel."""
+GIVEN_UP: Final = -32004
+"""The processes that served the mount died one after the other, and its keeper gave up: every request on it fails."""
 
 ERRORS: Final = {
     PARSE_ERROR: "Parse error",
@@ -50,6 +52,7 @@ ERRORS: Final = {
     BUSY: "Busy",
     REFUSED: "Refused",
     UNSUPPORTED: "Unsupported",
+    GIVEN_UP: "Given up",
 }
 
 

@@ -142,6 +142,8 @@ METHODS: Final[tuple[Method, ...]] = (
             mounted=BOOLEAN,
             id=optional(INTEGER),
             pid=INTEGER,
+            keeper=optional(INTEGER),
+            restarts=INTEGER,
             owner=INTEGER,
             socket=STRING,
             source=STRING,
@@ -155,7 +157,8 @@ METHODS: Final[tuple[Method, ...]] = (
             uptime=NUMBER,
             options=mapping(ANY),
         ),
-        note="`id` is the minor of the mount's device number, `pid` the process that serves, `owner` its user. "
+        note="`id` is the minor of the mount's device number, `pid` the process that serves, `owner` its user, "
+        "`keeper` the process that starts another when that one dies, which it did `restarts` times. "
         "`uptime` is in seconds. `options` has those that were given.",
     ),
     Method(

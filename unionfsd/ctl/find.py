@@ -17,7 +17,7 @@ from typing import Final, Literal, NamedTuple
 from unionfsd import mountinfo
 from unionfsd.control import places
 from unionfsd.control.client import CallFailedError, Client, GoneError
-from unionfsd.control.protocol import Json
+from unionfsd.control.protocol import GIVEN_UP, Json
 from unionfsd.errors import MOUNT, UserError
 from unionfsd.mountinfo import MountLine
 
@@ -27,7 +27,7 @@ _PATIENCE: Final = 0.5
 #: Seconds for a mount to say whether it lives.
 _PULSE: Final = 2.0
 
-State = Literal["serving", "no socket", "dead", "hung", "unknown"]
+State = Literal["serving", "no socket", "dead", "failed", "hung", "unknown"]
 
 
 class Target(NamedTuple):
@@ -154,7 +154,9 @@ def _seen(number: int, lines: tuple[MountLine, ...], socket: bytes | None) -> Se
                 return Seen(number, lines, socket, "serving", client.call("status"))
         except TimeoutError:
             return Seen(number, lines, socket, "hung", None)
-        except (CallFailedError, PermissionError):
+        except CallFailedError as error:
+            return Seen(number, lines, socket, "failed" if error.code == GIVEN_UP else "unknown", None)
+        except PermissionError:
             return Seen(number, lines, socket, "unknown", None)
         except (GoneError, OSError):
             pass  # perhaps of a dead mount that had this number before, while this one starts

@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from unionfsd.control.protocol import Json
     from unionfsd.ctl.find import Seen
 
-_STYLES: Final = {"serving": "green", "dead": "red", "hung": "red", "no socket": "yellow", "unknown": "yellow"}
+_STYLES: Final = {
+    "serving": "green",
+    "dead": "red",
+    "failed": "red",
+    "hung": "red",
+    "no socket": "yellow",
+    "unknown": "yellow",
+}
 
 
 def ps(given: argparse.Namespace) -> int:
@@ -70,12 +77,12 @@ def _row(seen: Seen) -> tuple[str, ...]:
 
 
 def reap(given: argparse.Namespace) -> int:
-    """Take away mounts whose daemon is dead, and sockets that nobody listens on: all, or those on certain paths."""
+    """Take away mounts whose daemon is dead or failed, and sockets nobody listens on: all, or on certain paths."""
     done: list[Json] = []
     failed = False
     only = {os.path.abspath(os.fsencode(path)) for path in given.paths}
     for seen in find.everything():
-        if seen.state != "dead" or (only and not only & {line.path for line in seen.lines}):
+        if seen.state not in ("dead", "failed") or (only and not only & {line.path for line in seen.lines}):
             continue
         for what, problem in _reap(seen, dry=given.dry_run):
             failed = failed or problem is not None

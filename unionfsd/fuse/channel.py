@@ -32,14 +32,16 @@ from typing import TYPE_CHECKING, Any, Final
 from unionfsd.errors import UserError
 from unionfsd.events import Who
 from unionfsd.fuse import negotiate, notify, readahead, wire
-from unionfsd.fuse.abi import FUSE_KERNEL_VERSION, InitFlag, Opcode
+from unionfsd.fuse.abi import FUSE_KERNEL_VERSION, FUSE_UNIQUE_RESEND, InitFlag, Opcode
 from unionfsd.fuse.acting import Acting
 from unionfsd.fuse.dirs import Dirs
+from unionfsd.fuse.distrust import Distrust
 from unionfsd.fuse.exchange import Deferred, Exchange, Handler, Payload
 from unionfsd.fuse.files import Files
 from unionfsd.fuse.linger import SLEEP_MS, Lingerer
 from unionfsd.fuse.names import Names
 from unionfsd.fuse.passthrough import Passthrough
+from unionfsd.fuse.resent import Resent
 from unionfsd.fuse.workers import Workers
 from unionfsd.steps import FrozenError, Gate
 
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     import trio
 
     from unionfsd.fuse.pressure import Pressure
+    from unionfsd.heir import Inheritance
     from unionfsd.options import MountConfig
     from unionfsd.steps import Step
     from unionfsd.union import Union
@@ -76,8 +79,7 @@ _NO_REPLY: Final = frozenset((Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRU
 async def serve(union: Union, fuse_fd: int, config: MountConfig, *, started: Callable[[], None]) -> None:
     """Answer the kernel on `fuse_fd`, a mounted /dev/fuse descriptor, until the mount is gone.
 
-    `started` is called once, when INIT has been answered. `fuse_fd` stays the caller's and becomes non-blocking.
-    UserError: the kernel is too old.
+    `started` is called once, when INIT was answered. `fuse_fd` becomes non-blocking. UserError: the kernel is too old.
     """
     await channel(union, fuse_fd, config, started).run()
 
@@ -100,6 +102,9 @@ class Channel:
         self._times = union.counters.operations.times
         self._totals = union.counters.operations.totals
         self._began = 0
+        self._ledger = union.ledger
+        self._resent: Resent | None = None
+        self._holds = False
         self._acting = Acting()
         union.events.who = self._who
         self._fd = fuse_fd
@@ -110,6 +115,8 @@ class Channel:
         self._insisted = config.writeback == "on"
         self._exchange = Exchange(union, valid, self._defer)
         self._names = Names(self._exchange)
+        self._workers = Workers()
+        self._drop = Distrust(fuse_fd, union, self._workers).drop
         self._files = Files(self._exchange, self._drop)
         self._dirs = Dirs(self._exchange)
         self._handlers: list[Handler] = [self._unknown] * wire.OPCODES
@@ -119,9 +126,7 @@ class Channel:
         self.gone = False
         self._readable: Callable[[int], Awaitable[None]]
         self._checkpoint: Callable[[], Awaitable[None]]
-        self._workers = Workers()
         self._deferred: set[Deferred] = set()
-        self._dropping: set[int] = set()
         self._alone = Lingerer(fuse_fd)
         self._beside = Lingerer(fuse_fd, self._workers.fd, ready=self._workers.ready)
         self._turn = 0.0
@@ -286,11 +291,8 @@ class Channel:
             self._turn = now + _SLICE
             if now > self._look:
                 self._look = now + _LOOK
-                self._see_to_memory()
-
-    def _see_to_memory(self) -> None:
-        if self._nursery is not None and self._pressure.due():
-            self._nursery.start_soon(self._pressure.relieve)
+                if self._nursery is not None and self._pressure.due():
+                    self._nursery.start_soon(self._pressure.relieve)
 
     # --- one request -------------------------------------------------------------------------------------------------
 
@@ -303,8 +305,12 @@ class Channel:
             header = exchange.header = wire.IN_HEADER.unpack_from(exchange.buf)
             opcode = header[1]
             wire.check(header[0], opcode, received)
+            self._ledger.begin(header[2])
             handler = self._handlers[opcode] if opcode < wire.OPCODES else self._unknown
-            payload = handler(header[3], received)
+            if self._resent is None or header[2] < FUSE_UNIQUE_RESEND:
+                payload = handler(header[3], received)
+            else:
+                payload = self._resent.answer(handler, self._files.passthrough, header[3], received)
         except OSError as exc:
             self._fail(exchange.header, exc.errno or errno.EIO)
         except wire.WireError as exc:
@@ -362,6 +368,8 @@ class Channel:
 
     def _defer(self, deferred: Deferred) -> None:
         deferred.began = self._began
+        if self._holds:
+            deferred.place = self._ledger.hold(deferred.header[2])
         self.counters.threaded += 1
         self._deferred.add(deferred)
         self._perform(deferred, deferred.step)
@@ -382,6 +390,7 @@ class Channel:
         deferred, value, error = self._workers.take()
         header = deferred.header
         self._acting.now = Who(header[6], header[4])
+        self._ledger.begin(header[2])
         try:
             step = deferred.op.send(value) if error is None else deferred.op.throw(error)
         except StopIteration as stop:
@@ -413,31 +422,12 @@ class Channel:
 
     def _over(self, deferred: Deferred) -> None:
         self._deferred.discard(deferred)
+        self._ledger.let_go(deferred.place)
         self.counters.operations.took(deferred.header[1], perf_counter_ns() - deferred.began)
         if deferred.held is not None:
             self._exchange.give_back(deferred.held)
         if deferred.ended is not None:
             deferred.ended.open()
-
-    def _drop(self, nodeid: int) -> None:
-        """Take from the kernel what it keeps of a file and believes against what is so: a failed write, an mtime."""
-        if nodeid in self._dropping:
-            return
-        try:
-            place = self._exchange.union.place(nodeid)
-        except OSError:
-            return  # forgotten, and with it what was kept
-        self._dropping.add(nodeid)
-        self._workers.call(partial(self._drop_now, nodeid, place))
-
-    def _drop_now(self, nodeid: int, place: tuple[int, bytes] | None) -> None:
-        try:
-            notify.drop(self._fd, nodeid, place)
-        except OSError as exc:
-            if exc.errno not in _GONE:
-                log.warning("what a file no longer holds may be seen until it is no longer cached: %s", exc)
-        finally:
-            self._dropping.discard(nodeid)
 
     async def quiesce(self) -> None:
         """Wait until every operation that is deferred now has ended."""
@@ -457,13 +447,29 @@ class Channel:
             return negotiate.other_major()
         session = negotiate.settle(offer, self._wanted)
         self._apply(session)
+        self._ledger.remember_session(session.pack())
         self._reply(self._exchange.header[2], session.reply)
         self.counters.operations.took(Opcode.INIT, perf_counter_ns() - self._began)
         readahead.widen(self._mountpoint)
         self._started()
         return None
 
+    def resume(self, inherited: Inheritance, refused: int = 0) -> None:
+        """Take the place of a process that is no more, whose union was resumed; `refused` is a request to fail."""
+        settled = self._ledger.session()
+        assert settled is not None
+        self._apply(negotiate.Session.unpack(settled))
+        if self._files.passthrough is not None:
+            self._files.passthrough.restore(inherited.opens)
+        self._resent = Resent(self._exchange, inherited, refused)
+        begun = self._ledger.under_way()
+        if not notify.resend(self._fd):
+            for unique in begun:  # the mount goes on; who waits for one of these learns that it failed
+                self._write([wire.error(unique, errno.EIO)])
+        self._started()
+
     def _apply(self, session: negotiate.Session) -> None:
+        self._holds = InitFlag.HAS_RESEND not in session.flags
         self._names.setxattr_ext = InitFlag.SETXATTR_EXT in session.flags
         if InitFlag.NO_OPEN_SUPPORT in session.flags:
             self._files.handles = False

@@ -49,16 +49,18 @@ class Buffer:
 class Deferred:
     """An operation that yielded: its request, the step to do first, what its result becomes, the buffer it keeps.
 
-    `began` is when its request was read, in ns. `ended` is for whoever waits for its end.
+    `began` is when its request was read, in ns. `ended` is for whoever waits for its end. `place`: where the
+    ledger has it, for kernels that send nothing again.
     """
 
-    __slots__ = ("began", "done", "ended", "header", "held", "op", "step")
+    __slots__ = ("began", "done", "ended", "header", "held", "op", "place", "step")
 
     def __init__(
         self, header: Header, op: Op[T], step: Step, done: Callable[[T], Payload], held: Buffer | None
     ) -> None:
         self.header = header
         self.began = 0
+        self.place = -1
         self.op = op
         self.step = step
         self.done = done

@@ -12,6 +12,7 @@ A feature is asked for only when offered, so one list serves every kernel from 5
 
 from __future__ import annotations
 
+from struct import Struct
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from unionfsd.errors import MOUNT, UserError
@@ -47,7 +48,11 @@ _ALWAYS: Final = (
     | InitFlag.HANDLE_KILLPRIV_V2
     | InitFlag.SETXATTR_EXT
     | InitFlag.INIT_EXT
+    | InitFlag.HAS_RESEND
 )
+
+_SESSION: Final = Struct("=IQI")
+"""minor, flags, max_readahead"""
 
 
 class Wanted(NamedTuple):
@@ -80,6 +85,16 @@ class Session(NamedTuple):
     minor: int
     flags: InitFlag
     max_readahead: int
+
+    def pack(self) -> bytes:
+        """What `unpack` makes the same of."""
+        return _SESSION.pack(self.minor, self.flags, self.max_readahead)
+
+    @classmethod
+    def unpack(cls, packed: bytes) -> Session:
+        """What was settled by a process that is no more."""
+        minor, flags, max_readahead = _SESSION.unpack(packed)
+        return cls(minor, InitFlag(flags), max_readahead)
 
     @property
     def reply(self) -> bytes:

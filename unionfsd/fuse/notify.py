@@ -9,6 +9,7 @@ Rules of this file:
 
 from __future__ import annotations
 
+import errno
 import os
 from functools import partial
 from typing import Final
@@ -74,6 +75,17 @@ def drop(fuse_fd: int, nodeid: int, place: tuple[int, bytes] | None) -> None:
     _write(fuse_fd, abi.FUSE_NOTIFY_INVAL_INODE, wire.INVAL_INODE_OUT.pack(nodeid, 0, 0))
     if place is not None:
         _write(fuse_fd, abi.FUSE_NOTIFY_INVAL_ENTRY, wire.inval_entry(*place))
+
+
+def resend(fuse_fd: int) -> bool:
+    """Have the kernel send again what was not answered; False where it cannot (before Linux 6.9)."""
+    try:
+        os.write(fuse_fd, wire.notification(abi.FUSE_NOTIFY_RESEND, b""))
+    except OSError as exc:
+        if exc.errno != errno.EINVAL:
+            raise
+        return False
+    return True
 
 
 def _drop_all(fuse_fd: int, nodeids: list[int]) -> None:

@@ -25,6 +25,7 @@ from struct import Struct
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from unionfsd.fuse import abi, wire
+from unionfsd.ledger import Flag, Record
 
 if TYPE_CHECKING:
     from unionfsd.syscalls import Fd
@@ -48,10 +49,11 @@ class How(NamedTuple):
 class _Opens:
     """The opens of one node: how the kernel has them, how many, and how many of them can write."""
 
-    __slots__ = ("count", "how", "writing")
+    __slots__ = ("count", "how", "record", "writing")
 
-    def __init__(self, how: How) -> None:
+    def __init__(self, how: How, record: int) -> None:
         self.how = how
+        self.record = record
         self.count = 0
         self.writing = 0
 
@@ -63,6 +65,7 @@ class Passthrough:
         """`unsettled`: the nodes that may be written unseen. `asked_for`: a refusal is worth a warning."""
         self._fd = fuse_fd
         self._union = union
+        self._ledger = union.ledger
         self._unsettled = unsettled
         self._asked_for = asked_for
         self._opens: dict[int, _Opens] = {}
@@ -78,14 +81,38 @@ class Passthrough:
         """Count an open with the open(2) `flags` that the union has granted."""
         opens = self._opens.get(nodeid)
         if opens is None:
-            opens = self._opens[nodeid] = _Opens(self._first(nodeid))
+            how = self._first(nodeid)
+            record = self._ledger.add(nodeid, b"", how.flags << 32 | how.backing, Flag.OPENS)
+            opens = self._opens[nodeid] = _Opens(how, record)
         opens.count += 1
         if opens.how.backing and flags & os.O_ACCMODE:
             opens.writing += 1
             if opens.writing == 1:
                 self._unsettled.add(nodeid)
                 self._distrust(nodeid)
+        self._ledger.tally(opens.record, opens.writing << 32 | opens.count)
         return opens.how
+
+    def restore(self, records: list[Record]) -> None:
+        """Know the opens again that a process before this one counted."""
+        for record in records:
+            opens = _Opens(How(record.ino >> 32, record.ino & 0xFFFF_FFFF), record.nodeid)
+            opens.count, opens.writing = record.lookups & 0xFFFF_FFFF, record.lookups >> 32
+            self._granted = self._granted or bool(opens.how.backing)
+            if opens.count:
+                self._opens[record.parent] = opens
+                if opens.writing:
+                    self._unsettled.add(record.parent)
+            else:
+                self._ledger.drop(record.nodeid)
+
+    def take_back(self, record: int, flags: int) -> bool:
+        """An open that was counted in `record` will be asked for again; False when that counts something else."""
+        for nodeid, opens in self._opens.items():
+            if opens.record == record:
+                self.released(nodeid, flags)
+                return True
+        return False
 
     def _first(self, nodeid: int) -> How:
         file = self._union.backing(nodeid)
@@ -116,8 +143,10 @@ class Passthrough:
             if not opens.writing:
                 self._unsettled.discard(nodeid)
         opens.count -= 1
+        self._ledger.tally(opens.record, opens.writing << 32 | opens.count)
         if not opens.count:
             del self._opens[nodeid]
+            self._ledger.drop(opens.record)
             if opens.how.backing:
                 backing_close(self._fd, opens.how.backing)
 

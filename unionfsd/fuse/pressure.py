@@ -62,6 +62,7 @@ class Pressure:
         """
         await trio.sleep(_CALM)
         gc.collect()
+        self._union.ledger.give_back()
 
     async def relieve(self) -> None:
         """Offer nodes to the kernel until a quarter of them is gone, or all were offered."""

@@ -52,6 +52,8 @@ RENAME_IN: Final = Struct("=Q")
 RENAME2_IN: Final = Struct("=QI4x")
 LINK_IN: Final = Struct("=Q")
 OPEN_IN: Final = Struct("=II")
+OPEN_FLAGS: Final = Struct("=I")
+"""The open(2) flags, which OPEN_IN and CREATE_IN begin with."""
 CREATE_IN: Final = Struct("=IIII")
 """flags, mode, umask, open_flags"""
 RELEASE_IN: Final = Struct("=QIIQ")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypedDict
 
 from unionfsd.errors import UserError, one_line
 from unionfsd.options.table import FOREVER, OPTIONS, Draft, Nothing, Option, Refused, Security
@@ -30,6 +30,14 @@ XattrPermissions = Literal["0", "1", "2"]
 
 IdTriples = tuple[tuple[int, int, int], ...]
 """Runs of ids: the first on disk, the first in the mount, how many."""
+
+
+class Rules(TypedDict):
+    """What a resolver of `lookup` follows."""
+
+    follow_redirects: bool
+    metacopy: bool
+    verity: Verity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +93,7 @@ class MountConfig:
     transport: Transport = "auto"
     io: Io = "auto"
     writeback: Literal["auto", "on", "off"] = "auto"
+    keeper: Switch = "on"
     debug: bool = False
     log: bytes | None = None
     control: Literal["auto", "off"] | bytes = "auto"
@@ -97,6 +106,15 @@ class MountConfig:
     """Names of the options that were given, so that a default can be told from a wish."""
     warnings: tuple[str, ...] = ()
     """One line each, for people: what was ignored, and why."""
+
+    @property
+    def rules(self) -> Rules:
+        """What names and data are resolved by."""
+        return {
+            "follow_redirects": self.redirect_dir != "nofollow",
+            "metacopy": self.metacopy == "on",
+            "verity": self.verity,
+        }
 
     @property
     def syncs(self) -> bool:

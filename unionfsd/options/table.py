@@ -378,6 +378,7 @@ GROUPS: Final[tuple[tuple[str, tuple[Option, ...]], ...]] = (
                 "auto",
             ),
             Option("debug", Word("debug", True), "Stay in the foreground and log everything, like `-d`."),
+            Option("keeper", Value("keeper", one_of("on", "off")), "Survive a crash of the daemon.", "on|off", "on"),
             Option(
                 "control",
                 Value("control", read_control),
@@ -389,8 +390,7 @@ GROUPS: Final[tuple[tuple[str, tuple[Option, ...]], ...]] = (
             Option(
                 "control_group",
                 Value("control_group", read_text),
-                "The group, by name or number, whose members may use the control socket besides the mount's owner and "
-                "root.",
+                "The group, by name or number, whose members may use the control socket, too.",
                 "GROUP",
             ),
             Option(

@@ -1,0 +1,141 @@
+"""What an upper's file system can do: tried, not looked up."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+from typing import Final, Literal, NamedTuple
+
+from . import format as fmt
+from . import syscalls
+from .errors import LAYER, UserError
+from .options import MountConfig
+from .removal import remove_tree
+
+log = logging.getLogger(__name__)
+
+WhiteoutForm = Literal["chardev", "xattr", "wh"]
+
+_UNSUPPORTED: Final = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EISDIR}
+
+
+class Abilities(NamedTuple):
+    """What the upper can do. `namespace` is the prefix of the format's xattrs, None when the upper keeps none."""
+
+    namespace: bytes | None
+    whiteout: WhiteoutForm
+    tmpfile: bool
+    noreplace: bool
+    exchange: bool
+    rename_whiteout: bool
+
+    @property
+    def can_redirect(self) -> bool:
+        """Whether merged directories can be renamed: a ``.wh.`` entry beside one would hide its own lowers first."""
+        return self.namespace is not None and self.whiteout != "wh"
+
+
+def probe(fd: int, config: MountConfig) -> Abilities:
+    """Try everything in the work directory `fd`; what is missing, and nobody asked to do without, is warned of."""
+    a, b = b"#probe-a", b"#probe-b"
+    namespace = _probe_namespace(fd, a, config)
+    form = _probe_whiteout(fd, a, config, namespace)
+    exchange = _probe_rename(fd, a, b, syscalls.RENAME_EXCHANGE, both=True)
+    noreplace = _probe_rename(fd, a, b, syscalls.RENAME_NOREPLACE)
+    whiteout = form == "chardev" and _probe_rename(fd, a, b, syscalls.RENAME_WHITEOUT)
+    found = Abilities(namespace, form, _probe_tmpfile(fd), noreplace, exchange, whiteout)
+    _report(found, config)
+    return found
+
+
+def _report(found: Abilities, config: MountConfig) -> None:
+    """One warning for each thing that the upper lacks and nobody asked to do without."""
+    if found.namespace is None:
+        log.warning(
+            "upper keeps no xattrs: no origins, directories of a lower cannot be renamed (EXDEV), opaque ones are "
+            "written as .wh..wh..opq"
+        )
+    if config.whiteout == "auto" and found.whiteout != "chardev":
+        form = "empty files with an xattr" if found.whiteout == "xattr" else ".wh. files"
+        log.warning("upper takes no device nodes 0:0: deletions are recorded as %s", form)
+    if found.whiteout == "chardev" and not found.rename_whiteout:
+        log.warning("upper has no RENAME_WHITEOUT: after a crash in some renames only unionfsd can put it right")
+    if not found.exchange:
+        log.warning("upper has no RENAME_EXCHANGE: what replaces a directory or its whiteout is refused with EXDEV")
+    if not found.noreplace:
+        log.warning("upper has no RENAME_NOREPLACE: nobody else may change it while it is mounted")
+    if not found.tmpfile:
+        log.warning("upper has no O_TMPFILE: neither has the mount")
+
+
+def _probe_namespace(fd: int, name: bytes, config: MountConfig) -> bytes | None:
+    wanted = (fmt.USER,) if config.userxattr else (fmt.TRUSTED, fmt.USER)
+    with syscalls.create_at(fd, name, 0o600) as probe:
+        found = next((ns for ns in wanted if _accepts(probe.fd, ns)), None)
+    remove_tree(fd, name)
+    return found
+
+
+def _accepts(fd: int, namespace: bytes) -> bool:
+    try:
+        syscalls.setxattr(fd, namespace + fmt.OPAQUE, fmt.OPAQUE_YES)
+    except OSError as exc:
+        if exc.errno in _UNSUPPORTED:
+            return False
+        raise
+    return True
+
+
+def _probe_whiteout(fd: int, name: bytes, config: MountConfig, namespace: bytes | None) -> WhiteoutForm:
+    if config.whiteout == "wh":
+        return "wh"
+    if config.whiteout in ("auto", "chardev"):
+        try:
+            syscalls.mknod_at(fd, name, stat.S_IFCHR, os.makedev(0, 0))
+            remove_tree(fd, name)
+            return "chardev"
+        except OSError as exc:
+            if exc.errno not in _UNSUPPORTED:
+                raise
+            if config.whiteout == "chardev":
+                raise _no_whiteouts("chardev", exc.strerror) from exc
+    if namespace is not None:
+        return "xattr"
+    if config.whiteout == "xattr":
+        raise _no_whiteouts("xattr", "it keeps no xattrs")
+    return "wh"
+
+
+def _no_whiteouts(form: str, why: str | None) -> UserError:
+    return UserError(f"upper cannot keep whiteouts of the form {form}: {why}", hint="use whiteout=auto", code=LAYER)
+
+
+def _probe_rename(fd: int, a: bytes, b: bytes, flag: int, *, both: bool = False) -> bool:
+    for name in (a, b) if both else (a,):
+        syscalls.create_at(fd, name, 0o600).close()
+    try:
+        syscalls.renameat2(fd, a, fd, b, flag)
+        return True
+    except OSError as exc:
+        if exc.errno not in _UNSUPPORTED:
+            raise
+        return False
+    finally:
+        for name in (a, b):
+            try:
+                remove_tree(fd, name)
+            except FileNotFoundError:
+                pass
+
+
+def _probe_tmpfile(fd: int) -> bool:
+    name = b"#probe-t"
+    try:
+        with syscalls.tmpfile_at(fd, 0o600) as probe:
+            syscalls.link_fd(probe.fd, fd, name)
+    except OSError:
+        return False
+    remove_tree(fd, name)
+    return True

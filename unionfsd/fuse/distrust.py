@@ -1,0 +1,48 @@
+"""Taking from the kernel what it keeps of a file and believes against what is so: a failed write, an mtime."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from unionfsd.fuse import notify
+
+if TYPE_CHECKING:
+    from unionfsd.fuse.workers import Workers
+    from unionfsd.union import Union
+
+log = logging.getLogger(__name__)
+
+_GONE: Final = frozenset((errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN))
+
+
+class Distrust:
+    """What is being taken back over one connection, in threads of `workers`."""
+
+    def __init__(self, fuse_fd: int, union: Union, workers: Workers) -> None:
+        self._fd = fuse_fd
+        self._union = union
+        self._workers = workers
+        self._dropping: set[int] = set()
+
+    def drop(self, nodeid: int) -> None:
+        """Begin to; once at a time for a node."""
+        if nodeid in self._dropping:
+            return
+        try:
+            place = self._union.place(nodeid)
+        except OSError:
+            return  # forgotten, and with it what was kept
+        self._dropping.add(nodeid)
+        self._workers.call(partial(self._drop_now, nodeid, place))
+
+    def _drop_now(self, nodeid: int, place: tuple[int, bytes] | None) -> None:
+        try:
+            notify.drop(self._fd, nodeid, place)
+        except OSError as exc:
+            if exc.errno not in _GONE:
+                log.warning("what a file no longer holds may be seen until it is no longer cached: %s", exc)
+        finally:
+            self._dropping.discard(nodeid)

@@ -1,0 +1,89 @@
+"""Requests that the kernel sends again, because the process that had them ended before it answered.
+
+Rules of this file (linux/fuse.h, FUSE_NOTIFY_RESEND; the rules of handlers are in `exchange`):
+
+- What was carried out, and would answer otherwise a second time, is answered from what is known of it.
+- Everything else is done again: it comes to the same.
+- A request that ended one process after the other is not tried once more.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from typing import TYPE_CHECKING, Final
+
+from unionfsd.fuse import wire
+from unionfsd.fuse.abi import FUSE_UNIQUE_RESEND, Opcode
+from unionfsd.fuse.exchange import Exchange, Handler, Payload
+from unionfsd.ledger import Kind
+
+if TYPE_CHECKING:
+    from unionfsd.fuse.passthrough import Passthrough
+    from unionfsd.heir import Answered, Inheritance
+
+log = logging.getLogger(__name__)
+
+_BODY: Final = wire.BODY
+_ONCE: Final = frozenset((errno.EEXIST, errno.ENODATA))
+"""What an extended attribute is refused with that was made, or removed, already."""
+_OPENING: Final = frozenset((Opcode.OPEN, Opcode.CREATE, Opcode.TMPFILE))
+
+
+def plain(unique: int) -> int:
+    """The unique that a request had when it was sent first."""
+    return unique & ~FUSE_UNIQUE_RESEND
+
+
+class Resent:
+    """Answers for one connection that was taken over; `refused` is the unique of a request that is not tried again."""
+
+    def __init__(self, exchange: Exchange, inherited: Inheritance, refused: int) -> None:
+        self._exchange = exchange
+        self._answered = inherited.answered
+        self._hand = plain(inherited.hand)
+        self._counted = inherited.counted
+        self._refused = refused
+
+    def answer(self, handler: Handler, passthrough: Passthrough | None, nodeid: int, end: int) -> Payload | None:
+        """As `handler`, of a request that is sent again."""
+        opcode, unique = self._exchange.header[1], plain(self._exchange.header[2])
+        if unique == self._refused:
+            log.error("request %d (%s) ended the process that had it: not tried again", opcode, Opcode(opcode).name)
+            raise OSError(errno.EIO, "not tried again")
+        if unique == self._hand and self._counted:
+            counted, self._counted = self._counted, []
+            if opcode == Opcode.RELEASE:
+                return b""
+            self._uncount(counted, passthrough)
+        answered = self._answered
+        if answered is not None and unique == plain(answered.unique):
+            return self._again(answered, handler, nodeid, end)
+        return handler(nodeid, end)
+
+    def _uncount(self, counted: list[int], passthrough: Passthrough | None) -> None:
+        """The kernel never got the answer that these were counted for."""
+        exchange = self._exchange
+        if passthrough is not None and exchange.header[1] in _OPENING:
+            (flags,) = wire.OPEN_FLAGS.unpack_from(exchange.buf, _BODY)
+            counted = [each for each in counted if not passthrough.take_back(each, flags)]
+        for nodeid in counted:
+            exchange.union.forget(nodeid, 1)
+
+    def _again(self, answered: Answered, handler: Handler, nodeid: int, end: int) -> Payload | None:
+        exchange = self._exchange
+        if answered.kind is Kind.XATTR:
+            try:
+                return handler(nodeid, end)
+            except OSError as exc:
+                if exc.errno in _ONCE:
+                    return b""
+                raise
+        if answered.kind not in (Kind.NEW, Kind.LINK):
+            return b""
+        if exchange.header[1] == Opcode.CREATE:
+            (flags,) = wire.OPEN_FLAGS.unpack_from(exchange.buf, _BODY)
+            wire.OPEN_FLAGS.pack_into(exchange.buf, _BODY, flags & ~(os.O_EXCL | os.O_TRUNC))
+            return handler(nodeid, end)
+        return exchange.entry(exchange.union.lookup(answered.parent, answered.name))

@@ -1,0 +1,265 @@
+"""The keeper: a parent that holds a mount's connection, and starts a successor when the process that serves it dies.
+
+It is made by a fork, once the mount is there and before it answers, so it has all that serving takes: the layers, their
+locks, the control socket, the ledger. A successor is a fork of it, and so serves a few milliseconds later.
+
+Rules of this file:
+
+- The keeper has one thread, touches no layer and asks nothing of the mount.
+- A process that ends with an exit code has ended in order, and the keeper with it. One that a signal ended, or that
+  failed over a defect (`CRASHED`), gets a successor.
+- A request that was in hand at two deaths in a row is not tried a third time. A successor that lives for no more than a
+  moment and does nothing waits longer each time; after `STRIKES` of them the mount answers errors, but it answers.
+- A server that leaves requests waiting for `HUNG` seconds is treated as one that died, its stacks in the log first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import select
+import signal
+from collections.abc import Callable
+from time import monotonic, sleep
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from unionfsd import systemd
+from unionfsd.fuse.abi import FUSE_UNIQUE_RESEND
+
+if TYPE_CHECKING:
+    import socket
+    from types import FrameType
+
+    from unionfsd.ledger import Ledger
+
+log = logging.getLogger(__name__)
+
+CRASHED: Final = 71
+"""Exit code of a server that failed over a defect (EX_OSERR of sysexits.h)."""
+STRIKES: Final = 10
+HUNG: Final = 30.0
+_LOOK: Final = 5.0
+"""Seconds between two looks at whether requests are being answered."""
+_MOMENT: Final = 0.25
+"""A life shorter than this, in seconds, in which nothing was answered, is a strike."""
+_FREE: Final = 3
+"""Strikes without a pause."""
+_PAUSE: Final = 0.1
+_LONGEST: Final = 2.0
+_FORWARDED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_MESSAGE: Final = 1 << 16
+_FDS: Final = 16
+
+
+class Life(NamedTuple):
+    """In the process that serves: how many did before, the pid of the keeper, the unique of a request to refuse."""
+
+    number: int
+    keeper: int
+    refused: int
+
+
+class Over(NamedTuple):
+    """In the keeper, when all is over: the exit code of the process that served, or minus the signal that ended it."""
+
+    code: int
+
+
+class Keeper:
+    """The keeper of one mount. `unmount` is called when a signal asks for it and nobody serves."""
+
+    def __init__(self, ledger: Ledger, fuse_fd: int, control: int | None, unmount: Callable[[], object]) -> None:
+        """`control` is the descriptor of the listening control socket."""
+        self._ledger = ledger
+        self._fuse_fd = fuse_fd
+        self._control = control
+        self._unmount = unmount
+        self._pid = 0
+        self._strikes = 0
+        self._signals: list[int] = []
+        self._woken, self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._stacks = os.memfd_create("stacks", os.MFD_CLOEXEC)
+
+    def keep(self, alone: Callable[[], None]) -> Life | Over:
+        """Returns more than once: a `Life` in each process that is to serve, `Over` in the keeper.
+
+        `alone` is called in the keeper once the first process has been started. Signals that stop us are blocked when
+        this is called, and in whoever is to serve.
+        """
+        own = os.getpid()
+        refused = lives = 0
+        before = self._dispositions()
+        while True:
+            hand, born = self._ledger.hand, monotonic()
+            ours, theirs = _relay()
+            signal.pthread_sigmask(signal.SIG_BLOCK, (*_FORWARDED, signal.SIGCHLD))
+            pid = os.fork()
+            if not pid:
+                _close(ours)
+                self._serve(before, theirs)
+                return Life(lives, own, refused)
+            _close(theirs)
+            self._listen_for_signals()
+            if not lives:
+                alone()
+            code = self._watch(pid, ours)
+            _close(ours)
+            lives += 1
+            if code >= 0 and code != CRASHED:
+                return Over(code)
+            if self._ready() & select.POLLERR or not self._ledger.up:
+                return Over(code)
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "failed over a defect"
+            log.error("the process that served (%d) %s; another takes its place", pid, how)
+            refused = self._judge(hand, monotonic() - born)
+            if self._strikes >= STRIKES:
+                return self._give_up()
+
+    def _judge(self, hand: int, lasted: float) -> int:
+        """Take note of a death; returns the unique of a request that is not to be tried again."""
+        now = self._ledger.hand & ~FUSE_UNIQUE_RESEND
+        if lasted >= _MOMENT or now != hand & ~FUSE_UNIQUE_RESEND:
+            self._strikes = 0
+            return 0
+        self._strikes += 1
+        if self._strikes > _FREE:
+            sleep(min(_PAUSE * 2 ** (self._strikes - _FREE - 1), _LONGEST))
+        return now if self._strikes > 1 else 0
+
+    # Signals.
+
+    def _dispositions(self) -> dict[int, Callable[[int, FrameType | None], object] | int | None]:
+        return {number: signal.getsignal(number) for number in (*_FORWARDED, signal.SIGCHLD)}
+
+    def _listen_for_signals(self) -> None:
+        for number in _FORWARDED:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, lambda number, _: self._signals.append(number))
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*_FORWARDED, signal.SIGCHLD))
+
+    def _serve(
+        self, before: dict[int, Callable[[int, FrameType | None], object] | int | None], theirs: socket.socket | None
+    ) -> None:
+        """Become a process that serves, with a group of its own: a terminal's Ctrl-C is the keeper's to pass on."""
+        import faulthandler
+
+        signal.set_wakeup_fd(-1)
+        for number, disposition in before.items():
+            signal.signal(number, disposition)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGCHLD,))
+        with contextlib.suppress(PermissionError):  # a session leader has one
+            os.setpgid(0, 0)
+        faulthandler.register(signal.SIGQUIT, self._stacks, all_threads=True)
+        if theirs is not None:
+            systemd.relay(theirs)
+        os.close(self._woken)
+        os.close(self._wake)
+
+    # Watching.
+
+    def _watch(self, pid: int, messages: socket.socket | None) -> int:
+        """Wait for the end of `pid`; its exit code, negative for the number of a signal."""
+        poll = select.poll()
+        poll.register(self._woken, select.POLLIN)
+        if messages is not None:
+            poll.register(messages, select.POLLIN)
+        hand, since = -1, monotonic()
+        while True:
+            for fd, _ in poll.poll(_LOOK * 1000):
+                if fd == self._woken:
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(self._woken, 4096)
+                elif messages is not None and not _pass_on(messages):
+                    poll.unregister(messages)
+            for number in self._signals:
+                self._ledger.pass_signal()
+                os.kill(pid, number)
+            self._signals.clear()
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                while messages is not None and _pass_on(messages):
+                    pass
+                return os.waitstatus_to_exitcode(status)
+            if hand != self._ledger.hand or not self._ready() & select.POLLIN or _is_stopped(pid):
+                hand, since = self._ledger.hand, monotonic()
+            elif monotonic() - since > HUNG:
+                self._end_hung(pid)
+                since = monotonic()
+
+    def _ready(self) -> int:
+        """What poll(2) says of the connection: POLLIN for requests that wait, POLLERR when it has ended."""
+        poll = select.poll()
+        poll.register(self._fuse_fd, select.POLLIN)
+        return sum(event for _, event in poll.poll(0))
+
+    def _end_hung(self, pid: int) -> None:
+        os.ftruncate(self._stacks, 0)
+        os.kill(pid, signal.SIGQUIT)
+        sleep(_MOMENT)
+        stacks = os.pread(self._stacks, 1 << 20, 0).decode(errors="replace").strip() or "(it tells nothing)"
+        log.error("requests wait, and for %.0f s none was answered. What the process was doing:\n%s", HUNG, stacks)
+        os.kill(pid, signal.SIGKILL)
+
+    # The end.
+
+    def _give_up(self) -> Over:
+        """Answer errors until the mount is gone: nobody is left waiting."""
+        from unionfsd.refusal import Refusal  # late: it is rarely needed
+
+        log.critical(
+            "%d processes died one after the other without answering anything; every request fails from now on. "
+            "Unmount with: unionfsctl reap",
+            STRIKES,
+        )
+        systemd.notify("STATUS=failed: its processes died one after the other; every request is answered with EIO")
+        with Refusal(self._fuse_fd, self._control, self._woken) as refusal:
+            while refusal.serve():
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self._woken, 4096)
+                if self._signals:
+                    self._signals.clear()
+                    self._unmount()
+        return Over(CRASHED)
+
+
+def _relay() -> tuple[socket.socket, socket.socket] | tuple[None, None]:
+    """Two ends of what passes messages to the service manager on, which heeds only its main process; none without."""
+    if not systemd.listening():
+        return None, None
+    import socket  # late: most mounts have no service manager, and the import is not free
+
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def _close(end: socket.socket | None) -> None:
+    if end is not None:
+        end.close()
+
+
+def _pass_on(messages: socket.socket) -> bool:
+    """Pass one message to the service manager; False when there is none now, or none will come any more."""
+    import socket
+
+    try:
+        message, fds, _, _ = socket.recv_fds(messages, _MESSAGE, _FDS, socket.MSG_DONTWAIT)
+    except OSError as error:
+        return error.errno == errno.EINTR
+    if not message:
+        return False
+    systemd.pass_on(message, fds)
+    for fd in fds:
+        os.close(fd)
+    return True
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether somebody looks into the process, or has stopped it."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            return stat.read().rpartition(b") ")[2][:1] in b"tT"
+    except OSError:
+        return False
