@@ -305,7 +305,9 @@ def children(pid: int) -> list[int]:
 
 
 class Daemon(Mount):
-    """unionfsd over the layers, in front (`-f`), its log in a file."""
+    """unionfsd over the layers, in front (`-f`), its log in a file; `program` is what the interpreter runs."""
+
+    program: Sequence[str] = ("-m", "unionfsd")
 
     def __init__(
         self,
@@ -338,7 +340,7 @@ class Daemon(Mount):
     def mount(self) -> None:
         if not self._lowers:
             self._lowers = {lower: fingerprint(lower) for lower in self.layers.lowers}
-        command = [sys.executable, "-m", "unionfsd", "-f", "-o", ",".join(self._options), str(self.path)]
+        command = [sys.executable, *self.program, "-f", "-o", ",".join(self._options), str(self.path)]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", env=_daemon_environment()

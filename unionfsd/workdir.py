@@ -248,8 +248,9 @@ class Workdir:
     def let_go(self, nodeid: int) -> None:
         """Nobody uses what is kept of `nodeid` any more."""
         kept = kept_name(nodeid)
-        self._kept.discard(kept)
-        self.discard(kept)
+        if kept in self._kept:  # else all was let go of, at the end
+            self._kept.remove(kept)
+            self.discard(kept)
 
     def take_over(self, wanted: set[int]) -> set[int]:
         """Sweep what a process before this one left, but for what it kept of `wanted`; returns the nodeids of that."""

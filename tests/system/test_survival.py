@@ -1,0 +1,350 @@
+"""The process that serves dies, and nobody who uses the mount sees it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness import Daemon, Layers, LogPolicy, Mode, children, mounts, run, wait_for
+from tests.system.torture import fingerprint, outcome, prepare, survivor, torture
+from unionfsd import syscalls
+
+_PATIENCE = 280
+CHANNEL = (Mode("channel", "cached"), Mode("channel", "passthrough"), Mode("channel", "cached", "writethrough"))
+
+
+@pytest.fixture(params=CHANNEL[:2], ids=str)
+def options(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    mode: Mode = request.param
+    return mode.options
+
+
+@contextlib.contextmanager
+def served(
+    layers: Layers, *options: str, kind: type[Daemon] = Daemon, policy: LogPolicy | None = None
+) -> Iterator[Daemon]:
+    with kind(layers, options, log_policy=policy or survivor(), patience=_PATIENCE) as daemon:
+        yield daemon
+
+
+def kill(daemon: Daemon) -> None:
+    """Kill the process that serves, and wait for the next one."""
+    (pid,) = children(daemon.keeper)
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: children(daemon.keeper) not in ([], [pid]), "nobody takes its place")
+
+
+def status(daemon: Daemon) -> dict[str, object]:
+    """Its own answer."""
+    found: dict[str, object] = json.loads(run(sys.executable, "-m", "unionfsd.ctl", "status", "--json", daemon.path))
+    return found
+
+
+def _link(fd: int, directory: Path, name: str) -> None:
+    """Give a file without a name one."""
+    dirfd = os.open(directory, os.O_RDONLY)
+    try:
+        syscalls.link_fd(fd, dirfd, os.fsencode(name))
+    finally:
+        os.close(dirfd)
+
+
+def test_another_process_serves(layers: Layers, options: tuple[str, ...]) -> None:
+    (layers.lower / "file").write_text("lower\n")
+    with served(layers, *options) as daemon:
+        before = status(daemon)
+        assert (before["pid"], before["keeper"], before["restarts"]) == (daemon.pid, daemon.keeper, 0)
+        for count in (1, 2, 3):
+            kill(daemon)
+            (daemon / f"new{count}").write_text("new")
+            after = status(daemon)
+            assert (after["pid"], after["keeper"], after["restarts"]) == (daemon.pid, daemon.keeper, count)
+            assert after["pid"] != before["pid"]
+        assert (daemon / "file").read_text() == "lower\n"
+        assert sorted(os.listdir(daemon.path)) == ["file", "new1", "new2", "new3"]
+    assert sorted(os.listdir(layers.upper)) == ["new1", "new2", "new3"]
+
+
+def test_what_is_open_stays_open(layers: Layers, options: tuple[str, ...]) -> None:
+    (layers.lower / "lower").write_bytes(b"lower" * 10000)
+    (layers.lower / "gone").write_bytes(b"gone")
+    (layers.lower / "deep/er").mkdir(parents=True)
+    (layers.lower / "deep/er/file").write_text("deep")
+    with served(layers, *options) as daemon:
+        (daemon / "upper").write_bytes(bytes(20000))
+        (daemon / "locked").write_bytes(b"x")
+        lower = os.open(daemon / "lower", os.O_RDONLY)
+        gone = os.open(daemon / "gone", os.O_RDONLY)
+        upper = os.open(daemon / "upper", os.O_RDWR)
+        locked = os.open(daemon / "locked", os.O_RDWR)
+        nameless = os.open(daemon.path, os.O_RDWR | os.O_TMPFILE, 0o600)
+        directory = os.open(daemon / "deep/er", os.O_RDONLY)
+        mapped = mmap.mmap(upper, 20000)
+        fcntl.flock(locked, fcntl.LOCK_EX)
+        os.write(nameless, b"nothing")
+        os.unlink(daemon / "upper")
+        os.unlink(daemon / "gone")
+        os.rename(daemon / "deep", daemon / "moved")
+        with subprocess.Popen(["sleep", "60"], cwd=daemon / "moved/er") as sleeper:
+            for turn in range(2):
+                kill(daemon)
+                os.pwrite(upper, b"written", 100 * turn)
+                mapped[500 + turn : 503 + turn] = b"map"
+                mapped.flush()
+                assert os.pread(upper, 3, 500 + turn) == b"map"
+                assert os.fstat(upper).st_nlink == 0
+                assert os.pread(gone, 10, 0) == b"gone"
+                assert os.pread(lower, 50000, 0) == b"lower" * 10000
+                assert os.pread(nameless, 10, 0) == b"nothing"
+                assert os.listdir(directory) == ["file"]
+                assert os.readlink(f"/proc/{sleeper.pid}/cwd") == str(daemon / "moved/er")
+                assert Path(f"/proc/{sleeper.pid}/cwd/file").read_text() == "deep"
+                other = os.open(daemon / "locked", os.O_RDWR)
+                with pytest.raises(BlockingIOError):
+                    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.close(other)
+            sleeper.kill()
+        _link(nameless, daemon.path, "named")
+        kill(daemon)
+        assert os.fstat(nameless).st_nlink == 1
+        mapped.close()
+        for fd in (lower, gone, upper, locked, nameless, directory):
+            os.close(fd)
+        assert (daemon / "named").read_bytes() == b"nothing"
+    assert sorted(os.listdir(layers.upper)) == ["deep", "gone", "locked", "moved", "named"]
+
+
+def test_names_of_one_file_stay_one_file(layers: Layers) -> None:
+    with served(layers) as daemon:
+        (daemon / "a").write_text("one")
+        os.link(daemon / "a", daemon / "b")
+        os.link(daemon / "a", daemon / "c")
+        fd = os.open(daemon / "b", os.O_RDWR)
+        kill(daemon)
+        os.unlink(daemon / "b")
+        os.pwrite(fd, b"two", 0)
+        kill(daemon)
+        assert [(daemon / name).read_text() for name in "ac"] == ["two", "two"]
+        assert (os.fstat(fd).st_nlink, os.stat(daemon / "a").st_ino) == (2, os.fstat(fd).st_ino)
+        os.unlink(daemon / "a")
+        os.unlink(daemon / "c")
+        kill(daemon)
+        assert (os.pread(fd, 9, 0), os.fstat(fd).st_nlink) == (b"two", 0)
+        os.close(fd)
+
+
+def test_inode_numbers_and_nodes_follow_forgetting(layers: Layers) -> None:
+    for number in range(300):
+        (layers.lower / f"file{number}").write_text("")
+    with served(layers) as daemon:
+        before = {entry.name: entry.stat().st_ino for entry in os.scandir(daemon.path)}
+        kill(daemon)
+        assert {entry.name: entry.stat().st_ino for entry in os.scandir(daemon.path)} == before
+        known = json.loads(run(sys.executable, "-m", "unionfsd.ctl", "stats", "--json", daemon.path))["nodes"]
+        assert known >= 300
+        Path("/proc/sys/vm/drop_caches").write_text("2")
+        nodes = ["unionfsd.ctl", "stats", "--json", str(daemon.path)]
+
+        def forgotten() -> bool:
+            return int(json.loads(run(sys.executable, "-m", *nodes))["nodes"]) < 50
+
+        wait_for(forgotten, "nothing is forgotten")
+
+
+# Requests that were under way.
+
+
+class Doomed(Daemon):
+    """A daemon that dies at a system call of our choice."""
+
+    program = ("-m", "tests.system.doomed")
+
+    @property
+    def doom(self) -> Path:
+        return self.layers.root / "doom"
+
+    def mount(self) -> None:
+        os.environ["DOOM"] = str(self.doom)
+        try:
+            super().mount()
+        finally:
+            del os.environ["DOOM"]
+
+
+Action = Callable[[Path, int], object]
+
+
+def _nothing(top: Path, turn: int) -> None:
+    pass
+
+
+def _open_new(top: Path, turn: int) -> None:
+    os.close(os.open(top / f"n{turn}", os.O_RDWR | os.O_CREAT | os.O_EXCL))
+
+
+def _create_upper(top: Path, turn: int) -> None:
+    (top / f"u{turn}").write_text("upper")
+
+
+def _touch_up(top: Path, turn: int) -> None:
+    with (top / f"b{turn}").open("a") as file:
+        file.write("more")
+
+
+def _named_later(top: Path, turn: int) -> None:
+    fd = os.open(top, os.O_RDWR | os.O_TMPFILE, 0o640)
+    os.write(fd, b"late")
+    _link(fd, top, f"n{turn}")
+    os.close(fd)
+
+
+def _exchange(top: Path, turn: int) -> None:
+    fd = os.open(top, os.O_RDONLY)
+    try:
+        syscalls.renameat2(fd, b"a%d" % turn, fd, b"b%d" % turn, syscalls.RENAME_EXCHANGE)
+    finally:
+        os.close(fd)
+
+
+def _rename(old: str, new: str) -> Action:
+    return lambda top, turn: os.rename(top / f"{old}{turn}", top / f"{new}{turn}")
+
+
+CASES: dict[str, tuple[Action, Action]] = {
+    "create": (_nothing, _open_new),
+    "mkdir": (_nothing, lambda top, turn: (top / f"n{turn}").mkdir()),
+    "symlink": (_nothing, lambda top, turn: (top / f"n{turn}").symlink_to("x")),
+    "mknod": (_nothing, lambda top, turn: os.mkfifo(top / f"n{turn}")),
+    "tmpfile": (_nothing, _named_later),
+    "link-lower": (_nothing, lambda top, turn: os.link(top / f"a{turn}", top / f"n{turn}")),
+    "link-upper": (_create_upper, lambda top, turn: os.link(top / f"u{turn}", top / f"n{turn}")),
+    "unlink-lower": (_nothing, lambda top, turn: os.unlink(top / f"a{turn}")),
+    "unlink-upper": (_create_upper, lambda top, turn: os.unlink(top / f"u{turn}")),
+    "unlink-merged": (_touch_up, lambda top, turn: os.unlink(top / f"b{turn}")),
+    "rmdir-lower": (_nothing, lambda top, turn: os.rmdir(top / f"e{turn}")),
+    "rmdir-upper": (lambda top, turn: (top / f"n{turn}").mkdir(), lambda top, turn: os.rmdir(top / f"n{turn}")),
+    "rename-lower": (_nothing, _rename("a", "n")),
+    "rename-upper": (_create_upper, _rename("u", "n")),
+    "rename-over-lower": (_create_upper, _rename("u", "b")),
+    "rename-over-merged": (_touch_up, _rename("a", "b")),
+    "rename-directory": (_nothing, _rename("d", "n")),
+    "rename-over-directory": (lambda top, turn: (top / f"n{turn}").mkdir(), _rename("n", "e")),
+    "exchange": (_nothing, _exchange),
+    "create-again": (lambda top, turn: os.unlink(top / f"a{turn}"), lambda top, turn: (top / f"a{turn}").touch()),
+    "mkdir-again": (lambda top, turn: os.rmdir(top / f"e{turn}"), lambda top, turn: (top / f"e{turn}").mkdir()),
+    "setxattr": (_nothing, lambda top, turn: os.setxattr(top / f"a{turn}", "user.x", b"1", os.XATTR_CREATE)),
+    "removexattr": (
+        lambda top, turn: os.setxattr(top / f"a{turn}", "user.x", b"1"),
+        lambda top, turn: os.removexattr(top / f"a{turn}", "user.x"),
+    ),
+    "chmod": (_nothing, lambda top, turn: (top / f"a{turn}").chmod(0o640)),
+    "truncate": (_nothing, lambda top, turn: os.truncate(top / f"a{turn}", 2)),
+    "append": (_nothing, _touch_up),
+}
+_TURNS = 40
+
+
+@pytest.mark.timeout(300)
+def test_no_request_is_lost_or_done_twice(layers: Layers, plain: Path, expect_warning: object) -> None:
+    """Each operation, with death before and after each of its system calls, and before each answer on the way."""
+    for name in CASES:
+        for turn in range(_TURNS):
+            for file in "ab":
+                (layers.lower / name).mkdir(exist_ok=True)
+                (layers.lower / name / f"{file}{turn}").write_text(f"{file} {turn}")
+            (layers.lower / name / f"d{turn}").mkdir()
+            (layers.lower / name / f"d{turn}" / "x").write_text("x")
+            (layers.lower / name / f"e{turn}").mkdir()
+    run("cp", "-a", f"{layers.lower}/.", plain)
+    deaths = 0
+    with served(layers, kind=Doomed) as daemon:
+        assert isinstance(daemon, Doomed)
+        for name, (before, action) in CASES.items():
+            tops = daemon / name, plain / name
+            turn = 0
+            for when in ("before", "after", "answer"):
+                for number in range(1, _TURNS):
+                    for top in tops:
+                        before(top, turn)
+                    daemon.doom.write_text(f"{number} {when}")
+                    ours, expected = (outcome(lambda top=top: action(top, turn)) for top in tops)  # type: ignore[misc]  # noqa: B023
+                    assert ours == expected, (
+                        f"{name} with death {when} {number}: {ours}, {daemon.log.read_text()[-2000:]}"
+                    )
+                    turn += 1
+                    try:
+                        daemon.doom.unlink()
+                        break
+                    except FileNotFoundError:
+                        deaths += 1
+            assert fingerprint(tops[0]) == fingerprint(tops[1]), name
+        restarts = status(daemon)["restarts"]
+        assert isinstance(restarts, int)
+        assert 0 < restarts <= deaths, "a death between two operations counts once, and may be seen twice"
+    assert deaths > 5 * len(CASES)
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("how", CHANNEL, ids=str)
+def test_a_load_sees_no_error(how: Mode, layers: Layers, plain: Path) -> None:
+    prepare(layers, plain)
+    with served(layers, *how.options) as daemon:
+        operations, wrong = torture(daemon, plain, kills=20, seed=1)
+    assert not wrong
+    assert operations > 100
+
+
+# The end of all patience.
+
+
+def test_a_crash_loop_ends_in_errors_and_not_in_silence(layers: Layers) -> None:
+    policy = survivor()
+    policy.expect("every request fails from now on")
+    daemon = Daemon(layers, [], log_policy=policy)
+    daemon.mount()
+    deadline = time.monotonic() + 60
+    while "every request fails" not in daemon.log.read_text():
+        for pid in children(daemon.keeper):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        assert time.monotonic() < deadline
+    with pytest.raises(OSError, match="Input/output"):
+        (daemon / "any").touch()
+    seen = {
+        row["mountpoint"]: row["state"] for row in json.loads(run(sys.executable, "-m", "unionfsd.ctl", "ps", "--json"))
+    }
+    assert seen[str(daemon.path)] == "failed"
+    run(sys.executable, "-m", "unionfsd.ctl", "reap", daemon.path)
+    assert daemon.path not in mounts()
+    wait_for(lambda: not Path(f"/proc/{daemon.keeper}").exists() or not children(daemon.keeper), "the keeper stays")
+    daemon.kill()
+    daemon._call_off()
+
+
+def test_the_keeper_may_die(layers: Layers) -> None:
+    with Daemon(layers) as daemon:
+        pid = daemon.pid
+        os.kill(daemon.keeper, signal.SIGKILL)
+        (daemon / "file").write_text("still served")
+        answer = status(daemon)
+        assert (answer["pid"], answer["keeper"]) == (pid, None)
+        daemon.killed = True
+
+
+def test_without_a_keeper_a_mount_dies_with_its_daemon(layers: Layers) -> None:
+    with Daemon(layers, ["keeper=off"]) as daemon:
+        assert status(daemon)["keeper"] is None
+        daemon.kill()
+        with pytest.raises(OSError, match="not connected"):
+            os.listdir(daemon.path)

@@ -1,0 +1,281 @@
+"""A load that knows what it should see, while the process that serves it is killed again and again.
+
+Everything is done twice, on the mount and on a plain directory; every outcome, every byte and in the end the whole tree
+must be the same. Files stay open after they lost their name; some are mapped. Run by `make torture`, in short by
+test_survival.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import random
+import signal
+import stat
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from tests.harness import Daemon, Layers, children, remove, run
+
+_THREADS: Final = 4
+_OPENS: Final = 6
+_SHORTEST: Final = 0.05
+_LONGEST: Final = 0.5
+
+Outcome = tuple[str, Any]
+
+
+def fill(directory: Path, depth: int = 2) -> None:
+    """A small tree: files of several sizes, directories, a symlink."""
+    for number in range(12):
+        (directory / f"f{number}").write_bytes(random.Random(number).randbytes(number * 3000))
+    for number in range(3 if depth else 0):
+        (directory / f"d{number}").mkdir()
+        fill(directory / f"d{number}", depth - 1)
+    (directory / "s").symlink_to("f1")
+
+
+def fingerprint(root: Path) -> dict[str, tuple[object, ...]]:
+    """What a tree shows, by path: mode, links, content."""
+    found: dict[str, tuple[object, ...]] = {}
+    for path in sorted(root.rglob("*")):
+        st = path.lstat()
+        if stat.S_ISREG(st.st_mode):
+            content: object = hashlib.sha1(path.read_bytes(), usedforsecurity=False).hexdigest()
+        else:
+            content = os.readlink(path) if stat.S_ISLNK(st.st_mode) else None
+        links = None if stat.S_ISDIR(st.st_mode) else st.st_nlink
+        found[str(path.relative_to(root))] = (st.st_mode, links, content)
+    return found
+
+
+def outcome(action: Callable[[], object]) -> Outcome:
+    """("ok", what it returned), or ("error", errno)."""
+    try:
+        return "ok", action()
+    except OSError as error:
+        return "error", error.errno
+
+
+class Worker(threading.Thread):
+    """One user of both trees, in a directory of its own and in one that comes from the lower."""
+
+    def __init__(self, number: int, mount: Path, plain: Path, seed: int, stop: threading.Event) -> None:
+        super().__init__(name=f"user {number}")
+        self._random = random.Random(seed * 1000 + number)
+        self._stop_at = stop
+        self._tops = [(mount / f"w{number}", plain / f"w{number}")]
+        if number < 3:
+            self._tops.append((mount / f"d{number}", plain / f"d{number}"))
+        self._opens: list[tuple[int, int]] = []
+        self.operations = 0
+        self.differences: list[str] = []
+        for top in self._tops[0]:
+            top.mkdir()
+
+    def run(self) -> None:
+        try:
+            while not self._stop_at.is_set() and not self.differences:
+                self._step()
+            for pair in self._opens:
+                self._same("close", *(outcome(lambda fd=fd: os.close(fd)) for fd in pair))  # type: ignore[misc]
+        except Exception as error:
+            self.differences.append(repr(error))
+        if self.differences:
+            self._stop_at.set()
+
+    def _same(self, what: str, ours: Outcome, expected: Outcome) -> bool:
+        self.operations += 1
+        if ours != expected:
+            self.differences.append(f"{what}: {str(ours)[:200]}, expected {str(expected)[:200]}")
+        return ours[0] == "ok"
+
+    def _step(self) -> None:
+        choose = self._random
+        tops = choose.choice(self._tops)
+        name, other = self._pick(), self._pick()
+        data, offset = choose.randbytes(choose.choice((10, 4000, 100000))), choose.randrange(50000)
+        action = choose.choice(_ACTIONS)
+        good = self._same(
+            f"{action.__name__} {name} {other}",
+            *(outcome(lambda top=top: action(str(top / name), str(top / other), data, offset)) for top in tops),  # type: ignore[misc]
+        )
+        if good and action is _rewrite and not choose.randrange(4):
+            pair = [os.open(top / name, os.O_RDWR) for top in tops]
+            self._opens.append((pair[0], pair[1]))
+            self._same(f"unlink of {name}, open", *(outcome((top / name).unlink) for top in tops))
+        if self._opens and not choose.randrange(8):
+            pair = list(choose.choice(self._opens))
+            self._same("nameless", *(outcome(lambda fd=fd: _use(fd, data, offset)) for fd in pair))  # type: ignore[misc]
+        if len(self._opens) > _OPENS:
+            for fd in self._opens.pop(0):
+                os.close(fd)
+
+    def _pick(self) -> str:
+        above = "".join(f"d{self._random.randrange(3)}/" for _ in range(self._random.randrange(3)))
+        return f"{above}{self._random.choice('fgh')}{self._random.randrange(12)}"
+
+
+def _rewrite(path: str, other: str, data: bytes, offset: int) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+
+
+def _create(path: str, other: str, data: bytes, offset: int) -> None:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    os.write(fd, data)
+    os.close(fd)
+
+
+def _append(path: str, other: str, data: bytes, offset: int) -> None:
+    with open(path, "ab") as file:
+        file.write(data)
+
+
+def _change(path: str, other: str, data: bytes, offset: int) -> None:
+    fd = os.open(path, os.O_RDWR)
+    try:
+        os.pwrite(fd, data, offset)
+        os.ftruncate(fd, offset + 5)
+    finally:
+        os.close(fd)
+
+
+def _read(path: str, other: str, data: bytes, offset: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.sha1(file.read(), usedforsecurity=False).hexdigest()
+
+
+def _unlink(path: str, other: str, data: bytes, offset: int) -> None:
+    os.unlink(path)
+
+
+def _rename(path: str, other: str, data: bytes, offset: int) -> None:
+    os.rename(path, other)
+
+
+def _rename_directory(path: str, other: str, data: bytes, offset: int) -> None:
+    os.rename(f"{os.path.dirname(path)}/d{offset % 3}", f"{os.path.dirname(other)}/d{offset % 5}")
+
+
+def _mkdir(path: str, other: str, data: bytes, offset: int) -> None:
+    os.mkdir(f"{os.path.dirname(path)}/d{offset % 3}")
+
+
+def _rmdir(path: str, other: str, data: bytes, offset: int) -> None:
+    os.rmdir(f"{os.path.dirname(path)}/d{offset % 3}")
+
+
+def _link(path: str, other: str, data: bytes, offset: int) -> None:
+    os.link(path, other)
+
+
+def _symlink(path: str, other: str, data: bytes, offset: int) -> None:
+    os.symlink(os.path.basename(path), other)
+
+
+def _chmod(path: str, other: str, data: bytes, offset: int) -> None:
+    os.chmod(path, 0o600 | offset % 64)
+
+
+def _list(path: str, other: str, data: bytes, offset: int) -> list[str]:
+    return sorted(os.listdir(os.path.dirname(path)))
+
+
+def _setxattr(path: str, other: str, data: bytes, offset: int) -> None:
+    os.setxattr(path, "user.x", b"1", os.XATTR_CREATE)
+
+
+def _removexattr(path: str, other: str, data: bytes, offset: int) -> None:
+    os.removexattr(path, "user.x")
+
+
+_ACTIONS: Final = (
+    *(_rewrite, _rewrite, _rewrite, _create, _create, _append, _change, _change, _read, _read, _unlink, _unlink),
+    *(_rename, _rename, _rename_directory, _mkdir, _mkdir, _rmdir, _link, _symlink, _chmod, _list),
+    *(_setxattr, _removexattr),
+)
+
+
+def _use(fd: int, data: bytes, offset: int) -> tuple[bytes, int]:
+    os.pwrite(fd, data, offset)
+    return os.pread(fd, 1 << 24, 0), os.fstat(fd).st_nlink
+
+
+def torture(daemon: Daemon, plain: Path, kills: int, seed: int) -> tuple[int, list[str]]:
+    """Kill the process that serves `kills` times beneath a load; (operations, what was not as it should be)."""
+    stop = threading.Event()
+    workers = [Worker(number, daemon.path, plain, seed, stop) for number in range(_THREADS)]
+    for worker in workers:
+        worker.start()
+    chance = random.Random(seed)
+    while kills and not stop.is_set():
+        time.sleep(chance.uniform(_SHORTEST, _LONGEST))
+        for pid in children(daemon.keeper):
+            os.kill(pid, signal.SIGKILL)
+            kills -= 1
+    stop.set()
+    for worker in workers:
+        worker.join(60)
+    wrong = [f"{worker.name}: {what}" for worker in workers for what in worker.differences]
+    wrong += [f"{worker.name} waits for ever" for worker in workers if worker.is_alive()]
+    if not wrong:
+        ours, expected = fingerprint(daemon.path), fingerprint(plain)
+        different = [path for path in ours.keys() | expected.keys() if ours.get(path) != expected.get(path)]
+        wrong += [f"{path}: {ours.get(path)}, expected {expected.get(path)}" for path in sorted(different)]
+    return sum(worker.operations for worker in workers), wrong
+
+
+def prepare(layers: Layers, plain: Path) -> None:
+    """The same tree in the lower and in the plain directory."""
+    fill(layers.lower)
+    run("cp", "-a", f"{layers.lower}/.", plain)
+
+
+def main() -> int:
+    """`make torture`: every mode in turn."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--kills", type=int, default=500, help="in each mode (500)")
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="of the load and the moments (the time)")
+    parser.add_argument("--dir", type=Path, default=Path("/var/tmp"), help="where the layers are made (/var/tmp)")
+    parser.add_argument("modes", nargs="*", default=["io=cached", "io=passthrough", "writeback=off"])
+    given = parser.parse_args()
+    bad = 0
+    for mode in given.modes:
+        root = given.dir / f"unionfsd-torture-{os.getpid()}"
+        root.mkdir()
+        plain = root / "plain"
+        plain.mkdir()
+        layers = Layers(root)
+        prepare(layers, plain)
+        start = time.monotonic()
+        try:
+            with Daemon(layers, [mode], patience=24 * 3600, log_policy=survivor()) as daemon:
+                operations, wrong = torture(daemon, plain, given.kills, given.seed)
+        finally:
+            remove(root)
+        bad += len(wrong)
+        print(
+            f"{mode}: {given.kills} kills, {operations} operations, {time.monotonic() - start:.0f} s, seed {given.seed}"
+        )
+        print("\n".join(wrong) or "  no error was seen, and the trees are equal", flush=True)
+    return min(bad, 1)
+
+
+def survivor() -> Any:
+    """What the log of a daemon may have whose processes are killed."""
+    from tests.harness import LogPolicy
+
+    policy = LogPolicy()
+    policy.expect(r"was killed by SIGKILL; another takes its place")
+    policy.expect(r"is served again")
+    return policy
+
+
+if __name__ == "__main__":
+    sys.exit(main())
