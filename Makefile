@@ -14,7 +14,10 @@ HELPERDIR := /sbin
 # FUSE_OVERLAYFS=yes also installs a program of that name, for those who look for it by name.
 FUSE_OVERLAYFS :=
 
-.PHONY: help setup demo test test-lowest check lint bench bench-podman install screenshots clean
+# How often `make torture` kills the process that serves, in each of three modes
+KILLS := 500
+
+.PHONY: help setup demo test test-lowest torture check lint bench bench-podman install screenshots clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +34,9 @@ test: setup ## run the whole test suite (as root: mounting needs it)
 test-lowest: ## the same with the oldest versions of every dependency that pyproject.toml admits
 	scripts/setup --lowest
 	$(sudo) .venv-lowest/bin/python -m pytest $(PYTEST_ARGS)
+
+torture: setup ## kill the process that serves, again and again, beneath a load that must not see it
+	$(sudo) $(python) -m tests.system.torture --kills $(KILLS)
 
 lint: setup ## formatting, ruff, strict types
 	$(python) -m ruff format --check

@@ -84,7 +84,7 @@ class Heir:
         self._restore_links(records)
         answered = None if last is None or not self._was_done(last) else _answer(last)
         opens = [record for record in records if record.flags & Flag.OPENS]
-        return Inheritance(answered, ledger.hand, ledger.counted(), opens)
+        return Inheritance(answered, *ledger.put_down(), opens)
 
     def _was_done(self, last: Intent) -> bool:
         table = self._table

@@ -8,8 +8,9 @@ Rules of this file:
 - The keeper has one thread, touches no layer and asks nothing of the mount.
 - A process that ends with an exit code has ended in order, and the keeper with it. One that a signal ended, or that
   failed over a defect (`CRASHED`), gets a successor.
-- A request that was in hand at two deaths in a row is not tried a third time. A successor that lives for no more than a
-  moment and does nothing waits longer each time; after `STRIKES` of them the mount answers errors, but it answers.
+- A request that was in hand at `BLAMED` deaths in a row, each soon after the last, is not tried again. A successor that
+  lives for no more than a moment and is asked nothing waits longer each time; after `STRIKES` of them the mount answers
+  errors, but it answers.
 - A server that leaves requests waiting for `HUNG` seconds is treated as one that died, its stacks in the log first.
 """
 
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 
 CRASHED: Final = 71
 """Exit code of a server that failed over a defect (EX_OSERR of sysexits.h)."""
+BLAMED: Final = 4
 STRIKES: Final = 10
 HUNG: Final = 30.0
 _LOOK: Final = 5.0
@@ -78,6 +80,7 @@ class Keeper:
         self._unmount = unmount
         self._pid = 0
         self._strikes = 0
+        self._suspect = self._blamed = 0
         self._signals: list[int] = []
         self._woken, self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._stacks = os.memfd_create("stacks", os.MFD_CLOEXEC)
@@ -92,7 +95,7 @@ class Keeper:
         refused = lives = 0
         before = self._dispositions()
         while True:
-            hand, born = self._ledger.hand, monotonic()
+            born = monotonic()
             ours, theirs = _relay()
             signal.pthread_sigmask(signal.SIG_BLOCK, (*_FORWARDED, signal.SIGCHLD))
             pid = os.fork()
@@ -113,20 +116,22 @@ class Keeper:
                 return Over(code)
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "failed over a defect"
             log.error("the process that served (%d) %s; another takes its place", pid, how)
-            refused = self._judge(hand, monotonic() - born)
+            refused = self._judge(monotonic() - born)
             if self._strikes >= STRIKES:
                 return self._give_up()
 
-    def _judge(self, hand: int, lasted: float) -> int:
-        """Take note of a death; returns the unique of a request that is not to be tried again."""
-        now = self._ledger.hand & ~FUSE_UNIQUE_RESEND
-        if lasted >= _MOMENT or now != hand & ~FUSE_UNIQUE_RESEND:
-            self._strikes = 0
+    def _judge(self, lasted: float) -> int:
+        """Take note of a death after so many seconds; returns the unique of a request that is not to be tried again."""
+        hand = self._ledger.hand & ~FUSE_UNIQUE_RESEND
+        if lasted < _MOMENT and not hand:
+            self._strikes += 1
+            if self._strikes > _FREE:
+                sleep(min(_PAUSE * 2 ** (self._strikes - _FREE - 1), _LONGEST))
             return 0
-        self._strikes += 1
-        if self._strikes > _FREE:
-            sleep(min(_PAUSE * 2 ** (self._strikes - _FREE - 1), _LONGEST))
-        return now if self._strikes > 1 else 0
+        self._strikes = 0
+        self._blamed = self._blamed + 1 if lasted < _MOMENT and hand == self._suspect else 1
+        self._suspect = hand
+        return hand if self._blamed >= BLAMED else 0
 
     # Signals.
 

@@ -298,12 +298,12 @@ class Ledger:
         """How many the kernel has not taken back."""
         return self._words[_HEAD // 8 + ((nodeid & _SLOT) << 3) + 4]
 
-    def counted(self) -> list[int]:
-        """What was counted for the request in hand; the next one begins with nothing."""
+    def put_down(self) -> tuple[int, list[int]]:
+        """The request that was in hand last, if any, and what was counted for it; from now on there is none."""
         words = self._words
-        found = list(words[_LOG : _LOG + words[_W_COUNTED]])
-        self._counted = words[_W_COUNTED] = 0
-        return found
+        hand, counted = words[_W_HAND], list(words[_LOG : _LOG + words[_W_COUNTED]])
+        self._counted = words[_W_COUNTED] = words[_W_HAND] = 0
+        return hand, counted
 
     # What is about to be published.
 
@@ -376,7 +376,7 @@ class Ledger:
 
     def under_way(self) -> list[int]:
         """The uniques of requests that were begun and perhaps not answered; forgotten by this."""
-        found = [unique for unique in (self.hand, *self._words[_HELD : _HELD + _HELD_MAX]) if unique]
+        found = [unique for unique in self._words[_HELD : _HELD + _HELD_MAX] if unique]
         for place in range(_HELD_MAX):
             self._words[_HELD + place] = 0
         return found

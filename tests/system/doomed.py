@@ -1,7 +1,8 @@
 """unionfsd that dies where a test wants it to: by SIGKILL at a system call that changes a layer, or before an answer.
 
 The file $DOOM says where, as ``NUMBER WHEN``: at the NUMBERth such call from now on, WHEN it is ``before`` or ``after``
-it, or at the NUMBERth ``answer``. The file goes when it happens; the next process then works as ever.
+it, or at the NUMBERth ``answer``. The file goes when it happens; the next process then works as ever. With ``always``
+for a number it stays, and every process dies at its first such call.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ def due(*moments: str) -> str | None:
         return None
     if when not in moments:
         return None
+    if number == "always":
+        return when
     if number == "1":
         os.unlink(DOOM)
         return when

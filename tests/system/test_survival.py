@@ -308,6 +308,19 @@ def test_a_load_sees_no_error(how: Mode, layers: Layers, plain: Path) -> None:
 # The end of all patience.
 
 
+def test_a_request_that_kills_is_refused_in_the_end(layers: Layers) -> None:
+    policy = survivor()
+    policy.expect(r"request 9 \(MKDIR\) ended the process that had it: not tried again")
+    with served(layers, kind=Doomed, policy=policy) as daemon:
+        assert isinstance(daemon, Doomed)
+        daemon.doom.write_text("always before")
+        with pytest.raises(OSError, match="Input/output"):
+            (daemon / "poison").mkdir()
+        daemon.doom.unlink()
+        (daemon / "poison").mkdir()
+        assert os.listdir(daemon.path) == ["poison"]
+
+
 def test_a_crash_loop_ends_in_errors_and_not_in_silence(layers: Layers) -> None:
     policy = survivor()
     policy.expect("every request fails from now on")

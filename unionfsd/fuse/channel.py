@@ -462,9 +462,9 @@ class Channel:
         if self._files.passthrough is not None:
             self._files.passthrough.restore(inherited.opens)
         self._resent = Resent(self._exchange, inherited, refused)
-        begun = self._ledger.under_way()
+        begun = [inherited.hand, *self._ledger.under_way()]
         if not notify.resend(self._fd):
-            for unique in begun:  # the mount goes on; who waits for one of these learns that it failed
+            for unique in filter(None, begun):  # the mount goes on; who waits for one of these learns that it failed
                 self._write([wire.error(unique, errno.EIO)])
         self._started()
 
