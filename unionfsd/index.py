@@ -204,6 +204,15 @@ class Index:
                 self._names.add(name)
                 self._clean(name)
 
+    def reload(self) -> None:
+        """Forget what was known, and `load`: somebody else has used it since."""
+        self.close()
+        self._directory = None
+        self._names.clear()
+        self._extra.clear()
+        self._settled.clear()
+        self.load()
+
     def _is_name(self, name: bytes) -> bool:
         try:
             return fmt.decode_origin(bytes.fromhex(name.decode("ascii"))) is not None

@@ -136,6 +136,8 @@ class Union:
 
     def resume(self) -> Inheritance:
         """Go on where the process stopped that had the ledger before."""
+        if self._index is not None:
+            self._index.reload()
         return Heir(self._resolver, self._table, self._work).resume()
 
     def freeze(self) -> None:

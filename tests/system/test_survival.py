@@ -144,6 +144,30 @@ def test_names_of_one_file_stay_one_file(layers: Layers) -> None:
         os.close(fd)
 
 
+def test_hard_links_of_a_lower_stay_one_file(layers: Layers) -> None:
+    (layers.lower / "a").write_text("one")
+    for name in "bcd":
+        os.link(layers.lower / "a", layers.lower / name)
+    with served(layers, "index=on") as daemon:
+        kill(daemon)
+        (daemon / "a").write_text("two")
+        kill(daemon)
+        assert (daemon / "b").read_text() == "two"
+        os.unlink(daemon / "c")
+        kill(daemon)
+        with (daemon / "d").open("a") as file:
+            file.write("more")
+        assert [(daemon / name).read_text() for name in "abd"] == ["twomore"] * 3
+        assert [(daemon / name).stat().st_nlink for name in "abd"] == [3] * 3
+        assert len({(daemon / name).stat().st_ino for name in "abd"}) == 1
+        kill(daemon)
+        for name in "abd":
+            os.unlink(daemon / name)
+        kill(daemon)
+        assert os.listdir(daemon.path) == []
+    assert [name for name in os.listdir(layers.work / "index") if not name.startswith("#")] == []
+
+
 def test_inode_numbers_and_nodes_follow_forgetting(layers: Layers) -> None:
     for number in range(300):
         (layers.lower / f"file{number}").write_text("")

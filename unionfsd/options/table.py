@@ -378,13 +378,7 @@ GROUPS: Final[tuple[tuple[str, tuple[Option, ...]], ...]] = (
                 "auto",
             ),
             Option("debug", Word("debug", True), "Stay in the foreground and log everything, like `-d`."),
-            Option(
-                "keeper",
-                Value("keeper", one_of("on", "off")),
-                "Survive a crash of the daemon (survival.md).",
-                "on|off",
-                "on",
-            ),
+            Option("keeper", Value("keeper", one_of("on", "off")), "Survive crashes (survival.md).", "on|off", "on"),
             Option(
                 "control",
                 Value("control", read_control),
