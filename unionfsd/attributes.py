@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from . import format as fmt
@@ -37,8 +36,7 @@ class Attr(NamedTuple):
     nlink: int
 
 
-@dataclass(slots=True)
-class SetAttr:
+class SetAttr(NamedTuple):
     """What to change; None leaves a field. Times are ns since the epoch, or syscalls.UTIME_NOW.
 
     `writeback`: nobody asked; the kernel hands over the times that its writeback cache kept, also after an unlink.

@@ -3,7 +3,7 @@
 =====================================  ==============================================================
 ``unionfsd [SOURCE] MOUNTPOINT -o ..``  people, podman (no source), mount.fuse3 (source first)
 ``unionfsd --config FILE [NAME] ..``     service managers: the mount NAME of a file, see `configfile`
-``mount.fuse.unionfsd SOURCE DIR ..``   mount(8), when this program is linked there: see `_helper_parser`
+``mount.fuse.unionfsd SOURCE DIR ..``   mount(8), when this program is linked there: see `_HELPER`
 =====================================  ==============================================================
 
 A failure is one line on standard error, ``unionfsd: what: why (what to do)``, and an exit code of `errors`. What is not
@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from unionfsd import __version__, errors
 from unionfsd.errors import UserError
 
 if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 _USAGE = "unionfsd [SOURCE] MOUNTPOINT -o OPTION[,OPTION...]... [-f] [-d]"
 _USAGE_CONFIG = "unionfsd --config FILE [NAME] [-o OPTION[,...]]... [-f] [-d]"
@@ -58,8 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    helper = os.path.basename(sys.argv[0]).startswith("mount.")
-    given = (_helper_parser() if helper else _parser()).parse_intermixed_args(arguments)
+    given = _read(arguments, *(_HELPER if os.path.basename(sys.argv[0]).startswith("mount.") else _OWN))
     if given.help:
         print(_help())
         return errors.OK
@@ -69,7 +67,7 @@ def _run(arguments: list[str]) -> int:
 
     source, mountpoint, texts = _from_file(given) if given.config else (*_places(given.places), _options(given))
     config = options.parse(texts).config(os.fsencode(mountpoint), source, root=os.geteuid() == 0)
-    if given.namespace is not None:
+    if given.namespace:
         raise UserError("-N is not supported", hint="enter the namespace first: nsenter --mount=NAMESPACE mount ...")
     if given.fake:
         return errors.OK
@@ -85,7 +83,7 @@ def _places(words: list[str]) -> tuple[str, str]:
     return (words[0], words[1]) if len(words) == 2 else ("", words[0])
 
 
-def _from_file(given: argparse.Namespace) -> tuple[str, str, list[str]]:
+def _from_file(given: _Given) -> tuple[str, str, list[str]]:
     """(source, mountpoint, texts of -o) of a mount that a file describes."""
     from unionfsd import configfile
 
@@ -95,46 +93,85 @@ def _from_file(given: argparse.Namespace) -> tuple[str, str, list[str]]:
     return "", described.mountpoint, [*described.options, *_options(given)]
 
 
-def _options(given: argparse.Namespace) -> list[str]:
+def _options(given: _Given) -> list[str]:
     """All options as texts of -o, those that have a letter of their own included; what comes later wins."""
     _, dot, subtype = given.type.partition(".")
     before = [f"subtype={subtype}"] if dot else []
     return [*before, *given.options, *(["debug"] if given.debug else [])]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _common_parser()
-    parser.add_argument("-f", dest="foreground", action="store_true")
-    parser.add_argument("-d", dest="debug", action="store_true")
-    parser.add_argument("--config", metavar="FILE")
-    return parser
+# Words. argparse takes a tenth of the time until a mount answers.
 
 
-def _helper_parser() -> argparse.ArgumentParser:
-    """What mount(8) passes to a helper, "External helpers" in its manual: here -f is a dry run."""
-    parser = _common_parser()
-    parser.add_argument("-f", dest="fake", action="store_true")
-    parser.add_argument("-t", dest="type", default="")
-    parser.add_argument("-N", dest="namespace")
-    for letter in "snv":  # unknown options are ignored anyway, there is no mtab, and nothing more to tell
-        parser.add_argument(f"-{letter}", action="store_true")
-    return parser
+class _Given:
+    """What the command line says: places, texts of -o, and of the rest what stands in `_OWN` and `_HELPER`."""
+
+    def __init__(self) -> None:
+        self.places: list[str] = []
+        self.options: list[str] = []
+        self.config = self.type = self.namespace = ""
+        self.help = self.version = self.foreground = self.debug = self.fake = self.ignored = False
+
+    def take(self, field: str, value: str) -> None:
+        """Note the value of an option; of those but -o the last one counts."""
+        if field == "options":
+            self.options.append(value)
+        else:
+            setattr(self, field, value)
 
 
-def _common_parser() -> argparse.ArgumentParser:
-    import argparse
+_Words: TypeAlias = "tuple[dict[str, str], dict[str, str]]"
+"""Options that are words, and those that take a value: which field of `_Given` each sets."""
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise UserError(message, hint=f"usage: {_USAGE}")
+_COMMON: Final = {"-h": "help", "--help": "help", "-V": "version", "--version": "version"}
+_OWN: Final[_Words] = ({**_COMMON, "-f": "foreground", "-d": "debug"}, {"-o": "options", "--config": "config"})
 
-    parser = Parser(prog="unionfsd", add_help=False, allow_abbrev=False)
-    parser.add_argument("places", nargs="*")
-    parser.add_argument("-o", dest="options", action="append", default=[])
-    parser.add_argument("-h", "--help", action="store_true")
-    parser.add_argument("-V", "--version", action="store_true")
-    parser.set_defaults(foreground=False, debug=False, fake=False, type="", namespace=None, config=None)
-    return parser
+#: What mount(8) passes to a helper, "External helpers" in its manual: here -f is a dry run. Of the others: unknown
+#: options are ignored anyway, there is no mtab, and nothing more to tell.
+_HELPER: Final[_Words] = (
+    {**_COMMON, "-f": "fake", "-s": "ignored", "-n": "ignored", "-v": "ignored"},
+    {"-o": "options", "-t": "type", "-N": "namespace"},
+)
+
+
+def _read(arguments: list[str], flags: dict[str, str], valued: dict[str, str]) -> _Given:
+    """Options and places in any order, letters together or not, their values attached or not, as getopt(3) has it."""
+    given, words = _Given(), iter(arguments)
+    for word in words:
+        if word == "--":
+            given.places += words
+        elif not word.startswith("-") or word == "-":
+            given.places.append(word)
+        else:
+            for name, value in _named(word, valued):
+                if name in valued:
+                    given.take(valued[name], _value(name, words) if value is None else value)
+                elif name in flags and value is None:
+                    setattr(given, flags[name], True)
+                else:
+                    raise UserError(f"unrecognized arguments: {word}", hint=f"usage: {_USAGE}")
+    return given
+
+
+def _named(word: str, valued: dict[str, str]) -> Iterator[tuple[str, str | None]]:
+    """The options in a word, with the value that is attached to one."""
+    if word.startswith("--"):
+        name, equals, value = word.partition("=")
+        yield name, value if equals else None
+        return
+    for at, letter in enumerate(word[1:], start=2):
+        name = f"-{letter}"
+        if name in valued:
+            yield name, word[at:] or None
+            return
+        yield name, None
+
+
+def _value(name: str, words: Iterator[str]) -> str:
+    value = next(words, None)
+    if value is None:
+        raise UserError(f"argument {name}: expected one argument", hint=f"usage: {_USAGE}")
+    return value
 
 
 def _help() -> str:

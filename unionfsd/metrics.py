@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from time import monotonic
 from typing import Final, NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Statistics:
+class Statistics(NamedTuple):
     """What one mount had done up to a moment."""
 
     requests: int
@@ -33,8 +31,7 @@ class Statistics:
     """Best-effort steps of copy-ups that failed: an origin or impure mark, or putting the parent's times back."""
 
 
-@dataclass(frozen=True, slots=True)
-class Holdings:
+class Holdings(NamedTuple):
     """What one mount held at a moment."""
 
     nodes: int
@@ -134,19 +131,31 @@ class Samples:
         return self.left > 0
 
 
-@dataclass(slots=True)
 class Counters:
     """The running counts behind `Statistics`, the operations, and what is under way."""
 
-    errors: int = 0
-    faults: int = 0
-    threaded: int = 0
-    copy_ups: int = 0
-    copied_bytes: int = 0
-    skipped_marks: int = 0
-    operations: Operations = field(default_factory=Operations)
-    work: dict[int, Work] = field(default_factory=dict)
-    samples: Samples | None = None
+    __slots__ = (
+        "copied_bytes",
+        "copy_ups",
+        "errors",
+        "faults",
+        "operations",
+        "samples",
+        "skipped_marks",
+        "threaded",
+        "work",
+    )
+
+    def __init__(self) -> None:
+        self.errors = 0
+        self.faults = 0
+        self.threaded = 0
+        self.copy_ups = 0
+        self.copied_bytes = 0
+        self.skipped_marks = 0
+        self.operations = Operations()
+        self.work: dict[int, Work] = {}
+        self.samples: Samples | None = None
 
     @contextlib.contextmanager
     def working(self, kind: str, path: bytes | None, total: int | None, done: Callable[[], int]) -> Iterator[None]:

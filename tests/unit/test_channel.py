@@ -7,7 +7,6 @@ import logging
 import socket
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from time import monotonic
 from typing import Any
 
@@ -62,7 +61,7 @@ async def test_a_timeout_asked_for_makes_the_kernel_check_its_pages(union: FakeU
         (frozenset[str](), InitFlag.EXPLICIT_INVAL_DATA),
         (frozenset(["timeout"]), InitFlag.AUTO_INVAL_DATA),
     ):
-        async with served(union, config=replace(CONFIG, explicit=given_)) as kernel:
+        async with served(union, config=CONFIG._replace(explicit=given_)) as kernel:
             flags = wire.INIT_OUT.unpack((await kernel.init()).payload)[3]
             assert flags & (InitFlag.EXPLICIT_INVAL_DATA | InitFlag.AUTO_INVAL_DATA) == expected
 

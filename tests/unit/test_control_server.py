@@ -8,7 +8,7 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 
@@ -835,13 +835,13 @@ def test_a_socket_appears_with_its_mode_and_goes(layers: Path) -> None:
 
 
 def test_a_group_may_be_let_in(layers: Path) -> None:
-    with listening(replace(config_of(layers), control_group="54321"), None) as control:
+    with listening(config_of(layers)._replace(control_group="54321"), None) as control:
         st = (layers / "socket").stat()
         assert (st.st_mode & 0o777, st.st_gid) == (0o660, 54321)
         assert control.listener is not None
         assert control.listener.gid == 54321
     with pytest.raises(UserError, match="no such group"):
-        Control(replace(config_of(layers), control_group="no such group"))
+        Control(config_of(layers)._replace(control_group="no such group"))
 
 
 def test_what_a_dead_mount_left_is_replaced_and_what_lives_is_not(layers: Path) -> None:
@@ -855,11 +855,11 @@ def test_what_a_dead_mount_left_is_replaced_and_what_lives_is_not(layers: Path) 
 @pytest.mark.parametrize("path", ["nowhere/socket", "lower/a", "lower/a/b", "."])
 def test_a_place_that_cannot_be_is_refused(layers: Path, path: str) -> None:
     with pytest.raises(UserError, match="control="):
-        Control(replace(config_of(layers), control=bytes(layers) + b"/" + path.encode()))
+        Control(config_of(layers)._replace(control=bytes(layers) + b"/" + path.encode()))
 
 
 def test_there_may_be_none(layers: Path) -> None:
-    with listening(replace(config_of(layers), control="off"), 5) as control:
+    with listening(config_of(layers)._replace(control="off"), 5) as control:
         assert control.listener is None
 
 
@@ -867,7 +867,7 @@ def test_the_usual_place_has_the_number_of_the_mount(layers: Path, monkeypatch: 
     directory = layers / "run/unionfsd"
     directory.parent.mkdir()
     monkeypatch.setattr("unionfsd.control.places.own", lambda: [bytes(layers / "nowhere/x"), bytes(directory)])
-    with listening(replace(config_of(layers), control="auto"), 53) as control:
+    with listening(config_of(layers)._replace(control="auto"), 53) as control:
         assert control.listener is not None
         assert control.listener.path == bytes(directory / "53.sock")
         with listening(config_of(layers), 54):
@@ -881,7 +881,7 @@ def test_a_directory_that_others_can_write_in_is_not_used(layers: Path, monkeypa
     directory.mkdir()
     directory.chmod(0o777)
     monkeypatch.setattr("unionfsd.control.places.own", lambda: [bytes(directory)])
-    with listening(replace(config_of(layers), control="auto"), 53) as control:
+    with listening(config_of(layers)._replace(control="auto"), 53) as control:
         assert control.listener is None
 
 

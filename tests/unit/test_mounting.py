@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import stat
 from pathlib import Path
@@ -40,7 +39,7 @@ def test_other_mountpoints_are_refused_with_the_reason(tmp_path: Path) -> None:
 def test_a_descriptor_is_adopted_only_when_it_is_the_fuse_device() -> None:
     fd = os.open("/dev/fuse", os.O_RDWR)
     os.set_inheritable(fd, True)
-    mount = mounting.mount(dataclasses.replace(CONFIG, mountpoint=b"/dev/fd/%d" % fd))
+    mount = mounting.mount(CONFIG._replace(mountpoint=b"/dev/fd/%d" % fd))
     assert mount.fuse_fd == fd
     assert not os.get_inheritable(fd)
     assert mount.unmount() is mounting.Unmounted.KEPT
@@ -56,26 +55,26 @@ def test_another_descriptor_is_refused() -> None:
 def test_the_kernel_is_told_who_mounts_and_who_may_enter() -> None:
     data = mounting.mount_data(9, CONFIG, selinux=False)
     assert data == f"fd=9,rootmode=40000,user_id={os.geteuid()},group_id={os.getegid()},default_permissions"
-    data = mounting.mount_data(9, dataclasses.replace(CONFIG, allow_other=True), selinux=False)
+    data = mounting.mount_data(9, CONFIG._replace(allow_other=True), selinux=False)
     assert data.endswith(",default_permissions,allow_other")
 
 
 def test_labels_reach_only_a_kernel_that_has_them() -> None:
-    labelled = dataclasses.replace(CONFIG, security=('context="a:b,c"',))
+    labelled = CONFIG._replace(security=('context="a:b,c"',))
     assert mounting.mount_data(9, labelled, selinux=True).endswith(',default_permissions,context="a:b,c"')
     assert "context" not in mounting.mount_data(9, labelled, selinux=False)
 
 
 def test_fusermount_gets_what_it_knows() -> None:
     flags = syscalls.MS_NOSUID | syscalls.MS_NOEXEC | syscalls.MS_NOATIME | syscalls.MS_RELATIME
-    config = dataclasses.replace(CONFIG, fsname="a,b\\c", ro=True, mount_flags=flags)
+    config = CONFIG._replace(fsname="a,b\\c", ro=True, mount_flags=flags)
     assert mounting.fusermount_options(config) == (
         "fsname=a\\,b\\\\c,subtype=unionfsd,default_permissions,ro,nosuid,noexec,noatime"
     )
 
 
 def test_what_fusermount_does_not_know_is_left_out_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    config = dataclasses.replace(CONFIG, mount_flags=syscalls.MS_STRICTATIME)
+    config = CONFIG._replace(mount_flags=syscalls.MS_STRICTATIME)
     assert mounting.fusermount_options(config) == "fsname=unionfsd,subtype=unionfsd,default_permissions"
     assert "strictatime" in caplog.text
 

@@ -17,7 +17,6 @@ import resource
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, suppress
-from dataclasses import asdict
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
@@ -135,8 +134,8 @@ class Methods:
         }
 
     async def stats(self, call: Call) -> Json:
-        counters = asdict(self._union.statistics())
-        holdings = asdict(self._union.holdings())
+        counters = self._union.statistics()._asdict()
+        holdings = self._union.holdings()._asdict()
         fds = await self._in_thread(lambda: len(os.listdir("/proc/self/fd")))
         used = resource.getrusage(resource.RUSAGE_SELF)
         return {

@@ -6,7 +6,6 @@ import base64
 import errno
 import os
 import stat
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Final
 
 from unionfsd import changes, explain, holders, metrics, refresh, syscalls
@@ -203,7 +202,7 @@ _FLAGS: Final = {name[3:].lower(): getattr(syscalls, name) for name in dir(sysca
 
 def options(config: MountConfig) -> dict[str, Json]:
     """Options by name; those that are flags of mount(2) together under "flags"."""
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    values = config._asdict()
     flags = [name for name, bit in _FLAGS.items() if config.mount_flags & bit]
     shown = {name: _plain(value) for name, value in values.items() if name not in _NO_OPTIONS}
     return {"lowerdir": _plain(config.lowerdirs), "datadir": _plain(config.datadirs), **shown, "flags": flags}

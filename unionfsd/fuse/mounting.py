@@ -18,8 +18,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from unionfsd import errors, syscalls
 from unionfsd.errors import UserError
@@ -55,8 +54,7 @@ class Unmounted(enum.Enum):
     """It could not be unmounted."""
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """A line of /proc/self/mountinfo (proc_pid_mountinfo(5))."""
 
     mount_id: int

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, Final, Literal, TypedDict
+from typing import Any, Final, Literal, NamedTuple, TypedDict
 
 from unionfsd.errors import UserError, one_line
 from unionfsd.options.table import FOREVER, OPTIONS, Draft, Nothing, Option, Refused, Security
@@ -40,8 +39,7 @@ class Rules(TypedDict):
     verity: Verity
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MountConfig:
+class MountConfig(NamedTuple):
     """Everything that is asked of one mount. Paths are absolute, not normalised, and may be or contain symlinks."""
 
     lowerdirs: tuple[bytes, ...]
@@ -71,7 +69,7 @@ class MountConfig:
     """Whether the upper gets a UUID of its own."""
     metacopy: Switch = "off"
     verity: Verity = "off"
-    index: Literal["auto", "on", "off"] = "auto"
+    index: Literal["auto", "on", "off"] = "auto"  # type: ignore[assignment]  # nobody wants tuple's method
     timeout: float = FOREVER
     """Seconds the kernel may cache names (also absent ones) and attributes."""
     uid: int | None = None
@@ -169,8 +167,7 @@ def _check_arity(option: Option, has_value: bool) -> None:
         raise ValueError("takes no value")
 
 
-@dataclass(frozen=True, slots=True)
-class Parsed:
+class Parsed(NamedTuple):
     """Options that were read: MountConfig fields that were given, names, warnings. `config` makes a mount of them."""
 
     fields: dict[str, Any]

@@ -7,8 +7,7 @@ are fields of `options.MountConfig`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from unionfsd import syscalls
 from unionfsd.errors import UserError
@@ -43,8 +42,7 @@ class Draft:
         self.warnings: list[str] = []
 
 
-@dataclass(frozen=True, slots=True)
-class Value:
+class Value(NamedTuple):
     """The option takes a value, read by `read` (which raises ValueError with the reason), kept in `field`."""
 
     field: str
@@ -54,8 +52,7 @@ class Value:
         draft.fields[self.field] = self.read(text)
 
 
-@dataclass(frozen=True, slots=True)
-class Lowers:
+class Lowers(NamedTuple):
     """The option names all lowers, the data-only ones too."""
 
     def apply(self, draft: Draft, name: str, text: str) -> None:
@@ -64,8 +61,7 @@ class Lowers:
             draft.fields["datadirs"] = data
 
 
-@dataclass(frozen=True, slots=True)
-class AddLower:
+class AddLower(NamedTuple):
     """One more lower beneath those given so far, in `field`; its path may hold colons unescaped."""
 
     field: str
@@ -74,8 +70,7 @@ class AddLower:
         draft.fields[self.field] = (*draft.fields.get(self.field, ()), read_path(text))
 
 
-@dataclass(frozen=True, slots=True)
-class Word:
+class Word(NamedTuple):
     """The option is a word that sets `field` to `value`."""
 
     field: str
@@ -85,8 +80,7 @@ class Word:
         draft.fields[self.field] = self.value
 
 
-@dataclass(frozen=True, slots=True)
-class SquashToRoot:
+class SquashToRoot(NamedTuple):
     """The option is a word for uid 0 and gid 0, where nothing more exact is said about one of them."""
 
     def apply(self, draft: Draft, name: str, text: str) -> None:
@@ -94,8 +88,7 @@ class SquashToRoot:
             draft.fields.setdefault(field, 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Flag:
+class Flag(NamedTuple):
     """The option is a word that sets and clears MS_* bits."""
 
     on: int = 0
@@ -105,24 +98,21 @@ class Flag:
         draft.fields["mount_flags"] = draft.fields.get("mount_flags", 0) & ~self.off | self.on
 
 
-@dataclass(frozen=True, slots=True)
-class Security:
+class Security(NamedTuple):
     """The option is one of the kernel's security modules, which take it before the file system sees it."""
 
     def apply(self, draft: Draft, name: str, text: str) -> None:
         draft.fields["security"] = (*draft.fields.get("security", ()), f"{name}={text}")
 
 
-@dataclass(frozen=True, slots=True)
-class Nothing:
+class Nothing(NamedTuple):
     """The option asks for what is the case anyway, or is meant for somebody else."""
 
     def apply(self, draft: Draft, name: str, text: str) -> None:
         return
 
 
-@dataclass(frozen=True, slots=True)
-class Later:
+class Later(NamedTuple):
     """An option of kernel overlayfs: values in `same` say what is done anyway, those in `without` are not there yet."""
 
     same: tuple[str, ...]
@@ -135,8 +125,7 @@ class Later:
             raise ValueError(f"not one of {', '.join(self.same + self.without)}")
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
+class Refused(NamedTuple):
     """An option that must not be ignored and is not supported."""
 
     hint: str
@@ -148,8 +137,7 @@ class Refused:
 Effect = Value | Lowers | AddLower | Word | SquashToRoot | Flag | Security | Nothing | Later | Refused
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
+class Option(NamedTuple):
     """A row of the table. `argument` is how its value is written in the documentation; without one it is a word."""
 
     name: str
