@@ -105,7 +105,7 @@ def _install(path: Path) -> None:
     where = [str(harness.PROJECT), *site.getsitepackages()]
     path.write_text(
         f"#!{Path(sys.executable).resolve()} -IS\nimport sys\nsys.path[:0] = {where!r}\n"
-        "from unionfsd.cli import main\nsys.exit(main())\n"
+        "from unionfsd.cli import program\nprogram()\n"
     )
     path.chmod(0o755)
 

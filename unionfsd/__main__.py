@@ -1,7 +1,5 @@
 """`python -m unionfsd`."""
 
-import sys
+from unionfsd.cli import program
 
-from unionfsd.cli import main
-
-sys.exit(main())
+program()

@@ -12,9 +12,10 @@ needed to print a version is imported late: podman asks for it often.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Final, NoReturn, TypeAlias
 
 from unionfsd import __version__, errors
 from unionfsd.errors import UserError
@@ -36,6 +37,22 @@ The layers are given by -o and are on disk what the kernel's overlayfs has.
   -V, --version    print the version
   -h, --help       print this
 """
+
+
+def program() -> NoReturn:
+    """The whole process: `main`, and then its end.
+
+    Nothing that is imported or read here becomes garbage, and the system takes a process back faster than the
+    interpreter takes itself apart: together a fifth of the time until a mount answers.
+    """
+    gc.disable()
+    code = main()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        code = code or errors.INTERNAL
+    os._exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -322,7 +322,7 @@ _OVERRIDE_TYPES: Final = {
     stat.S_IFCHR: b"char",
 }
 #: fuse-overlayfs 1.x writes no type, 2.0 reads ``char1:3``, containers/storage has ``char-1-3``.
-_OVERRIDE: Final = re.compile(rb"(\d+):(\d+):([0-7]+)(?::([a-z]+)(?:-?(\d+)[-:](\d+))?.*)?", re.DOTALL)
+_OVERRIDE: Final = rb"(\d+):(\d+):([0-7]+)(?::([a-z]+)(?:-?(\d+)[-:](\d+))?.*)?"  # few layers have any: not compiled
 
 
 def decode_override(value: bytes, kind: int) -> Override:
@@ -330,7 +330,7 @@ def decode_override(value: bytes, kind: int) -> Override:
 
     Only an empty-handed regular file can be said to be something else: a device node, a FIFO or a socket.
     """
-    match = _OVERRIDE.fullmatch(value)
+    match = re.fullmatch(_OVERRIDE, value, re.DOTALL)
     if match is None or max(int(match[1]), int(match[2])) >= 0xFFFFFFFF:
         raise OSError(errno.EINVAL, "invalid owner in a layer", os.fsdecode(value))
     said = next((mode for mode, word in _OVERRIDE_TYPES.items() if word == match[4]), kind)

@@ -181,7 +181,7 @@ def mounts() -> Iterator[Place]:
 
 def _plain(path: bytes) -> bytes:
     """Undo the octal escapes of mountinfo."""
-    return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), path)
+    return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), path) if b"\\" in path else path
 
 
 def _find(now: list[Place], ours: Place) -> Place | None:
@@ -190,10 +190,10 @@ def _find(now: list[Place], ours: Place) -> Place | None:
 
 def adoptable(path: bytes) -> int | None:
     """The N of ``/dev/fd/N`` (mount.fuse3's drop_privileges); UserError when it is no open /dev/fuse."""
-    match = re.fullmatch(rb"/dev/fd/([0-9]{1,9})", path)
-    if match is None:
+    number = path.removeprefix(b"/dev/fd/")
+    if number == path or not number.isdigit() or len(number) > 9:
         return None
-    fd = int(match[1])
+    fd = int(number)
     try:
         status = os.fstat(fd)
     except OSError as error:

@@ -37,4 +37,4 @@ def _device(mountpoint: bytes) -> str | None:
 
 
 def _unescape(field: bytes) -> bytes:
-    return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field)
+    return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field) if b"\\" in field else field

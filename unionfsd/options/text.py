@@ -24,7 +24,7 @@ def split_options(text: str) -> list[str]:
 
 
 # A run of plain characters, an escaped character, a value in double quotes, or one character of any kind.
-_TOKEN: Final = re.compile(r'(?<==)"[^"]*"(?=,|$)|\\.|[^\\:,="]+|.', re.DOTALL)
+_TOKEN: Final = r'(?<==)"[^"]*"(?=,|$)|\\.|[^\\:,="]+|.'
 
 
 def split(text: str, separator: str) -> list[str]:
@@ -32,7 +32,7 @@ def split(text: str, separator: str) -> list[str]:
     if "\\" not in text and '"' not in text:
         return text.split(separator)
     pieces = [""]
-    for token in _TOKEN.findall(text):
+    for token in re.findall(_TOKEN, text, re.DOTALL):
         if token == separator:
             pieces.append("")
         else:
@@ -42,7 +42,7 @@ def split(text: str, separator: str) -> list[str]:
 
 def unescape(text: str) -> str:
     """Every backslash taken out, but for those that were escaped and one that stands alone at the end."""
-    return re.sub(r"\\(.)", r"\1", text, flags=re.DOTALL)
+    return re.sub(r"\\(.)", r"\1", text, flags=re.DOTALL) if "\\" in text else text
 
 
 def unquote(text: str) -> str:
