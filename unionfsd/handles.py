@@ -14,7 +14,7 @@ import errno
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, TypeVar
 
 from . import protection, syscalls, verity
 from .copyup import CopyUp
@@ -30,6 +30,7 @@ from .workdir import Workdir
 #: Writes up to this size go to the page cache without a thread.
 _INLINE_WRITE: Final = 256 * 1024
 _KEEP_SIZE: Final = 1  # FALLOC_FL_KEEP_SIZE
+T = TypeVar("T")
 SyncCall: TypeAlias = Callable[[int], None]
 
 _WOULD_BLOCK: Final = {errno.EAGAIN, errno.EOPNOTSUPP}
@@ -180,10 +181,21 @@ class Handles:
         return (yield from _put(fd, view, offset))
 
     def write_late(self, node: Node, data: memoryview, offset: int) -> Op[int]:
-        """As `write`, of what the kernel kept in its writeback cache.
+        """As `write`, of what the kernel kept in its writeback cache: see `late`."""
+        return self.late(node, self._write_late(node, data, offset))
 
-        The time of the change was when it was written there, and the kernel says it, before this or after. So the mtime
-        stays as it is, over all such writes that are under way together.
+    def _write_late(self, node: Node, data: memoryview, offset: int) -> Op[int]:
+        fd = yield from self.writable(node)
+        if node.state().append:
+            done: int = yield Blocking(partial(_append, fd, data, offset))
+            return done
+        return (yield from _put(fd, data, offset))
+
+    def late(self, node: Node, op: Op[T]) -> Op[T]:
+        """Do `op`, a change of the data of `node`, where the kernel keeps the mtime (its writeback cache).
+
+        It says when the change was, before this or after, or thinks it said so. So the mtime stays as it is, over all
+        such changes that are under way together.
         """
         fd = yield from self.writable(node)
         state = node.state()
@@ -191,10 +203,7 @@ class Handles:
             state.mtime_ns = os.fstat(fd.fd).st_mtime_ns
         state.arriving += 1
         try:
-            if state.append:
-                done: int = yield Blocking(partial(_append, fd, data, offset))
-                return done
-            return (yield from _put(fd, data, offset))
+            return (yield from op)
         finally:
             state.arriving -= 1
             if not state.arriving and self._copy_up is not None:

@@ -29,7 +29,7 @@ from .guard import Guard
 from .handles import Handles
 from .heir import Heir, Inheritance
 from .index import Index, open_index
-from .inodes import ROOT_ID, DirNode, Node, NodeTable, child, path_of, path_to
+from .inodes import ROOT_ID, UPPER, DirNode, Node, NodeTable, child, path_of, path_to
 from .layers import LayerStack, open_stack
 from .ledger import Ledger
 from .listing import Dirent
@@ -220,6 +220,12 @@ class Union:
         self._table.looked_up(node)
         return Found(node.nodeid, 0, self._attributes.show(node, st))
 
+    def _made(self, parent: DirNode, name: bytes) -> Found:
+        """What was just made under a name that was free: it is in the upper alone, whatever lowers have."""
+        self._table.unname(parent, name)  # of something that went underneath the mount
+        st = syscalls.stat_at(self._resolver.upper_dir(parent), name)
+        return self._found(self._node(parent, name, Hit(UPPER, st, self.stack.ino(st))), st)
+
     def forget(self, nodeid: int, count: int) -> None:
         """The kernel takes back `count` lookups."""
         self._table.forget(nodeid, count)
@@ -228,19 +234,19 @@ class Union:
         directory = self._table.directory(parent)
         self._change().mknod(directory, name, mode, rdev, caller)
         self._changed("create" if stat.S_ISREG(mode) else "mknod", directory, name)
-        return self.lookup(parent, name)
+        return self._made(directory, name)
 
     def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Found:
         directory = self._table.directory(parent)
         self._change().mkdir(directory, name, mode, caller)
         self._changed("mkdir", directory, name)
-        return self.lookup(parent, name)
+        return self._made(directory, name)
 
     def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller) -> Found:
         directory = self._table.directory(parent)
         self._change().symlink(directory, name, target, caller)
         self._changed("symlink", directory, name)
-        return self.lookup(parent, name)
+        return self._made(directory, name)
 
     def unlink(self, parent: int, name: bytes) -> Op[None]:
         directory = self._table.directory(parent)
@@ -280,7 +286,7 @@ class Union:
             yield from self._handles.open(self._table.get(found.nodeid), flags)
             return found
         self._changed("create", directory, name)
-        found = self.lookup(parent, name)
+        found = self._made(directory, name)
         self._handles.opened(self._table.get(found.nodeid), fd)
         return found
 
@@ -376,10 +382,12 @@ class Union:
     def fsyncdir(self, nodeid: int, datasync: bool) -> Op[None]:
         return self._handles.fsync(self._table.directory(nodeid), datasync)
 
-    def fallocate(self, nodeid: int, mode: int, offset: int, length: int) -> Op[None]:
+    def fallocate(self, nodeid: int, mode: int, offset: int, length: int, *, late: bool = False) -> Op[None]:
+        """`late`: the mtime, which the kernel keeps, is left alone."""
         self._change()
         node = self._table.get(nodeid)
-        return self._writing(node, self._handles.fallocate(node, mode, offset, length))
+        op = self._handles.fallocate(node, mode, offset, length)
+        return self._writing(node, self._handles.late(node, op) if late else op)
 
     def lseek(self, nodeid: int, offset: int, whence: int) -> Op[int]:
         return self._handles.lseek(self._table.get(nodeid), offset, whence)
@@ -394,10 +402,13 @@ class Union:
             self._change()
         return self._handles.ioctl(self._table.get(nodeid), command, data)
 
-    def copy_file_range(self, source: int, offset: int, target: int, target_offset: int, length: int) -> Op[int]:
+    def copy_file_range(
+        self, source: int, offset: int, target: int, target_offset: int, length: int, *, late: bool = False
+    ) -> Op[int]:
         self._change()
         read, written = self._table.get(source), self._table.get(target)
-        return self._writing(written, self._handles.copy_file_range(read, offset, written, target_offset, length))
+        op = self._handles.copy_file_range(read, offset, written, target_offset, length)
+        return self._writing(written, self._handles.late(written, op) if late else op)
 
     # Directories.
 

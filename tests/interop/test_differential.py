@@ -512,7 +512,7 @@ def trial(author: Author, layers: Layers, mounted: MountFactory, overlayfs: Moun
     assert not found, f"seed {author.seed}: kernel overlayfs over our layers:\n" + "\n".join(found)
 
 
-@pytest.mark.timeout(SOAK_SECONDS + 120)
+@pytest.mark.timeout(SOAK_SECONDS * 1.5 + 120)  # what was made is removed at the end
 def test_random_programs(mode: Mode, disk: Path, mounted: MountFactory, overlayfs: MountFactory) -> None:
     deadline = time.monotonic() + SECONDS
     seed = int(SEED) if SEED else random.SystemRandom().randrange(10**6) if SOAK_SECONDS else 1

@@ -49,3 +49,20 @@ def test_the_mtime_stays_and_the_last_one_said_wins() -> None:
             attributes = union.getattr(nodeid).st
             assert (attributes.st_mtime_ns, attributes.st_size) == (77, 2 << 20)
         union.close()
+
+
+def test_space_and_copies_leave_the_mtime_where_the_kernel_keeps_it() -> None:
+    """In one tick of its clock the kernel sees no change of the mtime, and says nothing: the file's must not move."""
+    with stacked([directory({b"low": regular(b"data")})], directory({b"file": regular(b"x")})) as stack:
+        union = stack.union()
+        file, low = (union.lookup(union.root, name).nodeid for name in (b"file", b"low"))
+        for nodeid in (file, low):
+            before = union.getattr(nodeid).st.st_mtime_ns
+            run(union.fallocate(nodeid, 0, 0, 100_000, late=True))
+            assert run(union.copy_file_range(file, 0, nodeid, 200_000, 1, late=True)) == 1
+            attributes = union.getattr(nodeid).st
+            assert (attributes.st_mtime_ns, attributes.st_size) == (before, 200_001)
+        set_mtime(union, file, 77)
+        run(union.fallocate(file, 0, 0, 300_000))
+        assert union.getattr(file).st.st_mtime_ns != 77
+        union.close()

@@ -146,7 +146,7 @@ class FakeUnion:
 
     create = tmpfile = _opened
 
-    def _nothing(self, *args: Any) -> Op[None]:
+    def _nothing(self, *args: Any, late: bool = False) -> Op[None]:
         self._note("op", *args)
         yield from ()
 
@@ -185,7 +185,7 @@ class FakeUnion:
         yield from ()
         return offset & 0xFFFF
 
-    def copy_file_range(self, source: int, at: int, target: int, target_at: int, length: int) -> Op[int]:
+    def copy_file_range(self, source: int, at: int, target: int, target_at: int, length: int, *, late: bool) -> Op[int]:
         yield from ()
         return length
 

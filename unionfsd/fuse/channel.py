@@ -116,8 +116,8 @@ class Channel:
         self._exchange = Exchange(union, valid, self._defer)
         self._names = Names(self._exchange)
         self._workers = Workers()
-        self._drop = Distrust(fuse_fd, union, self._workers).drop
-        self._files = Files(self._exchange, self._drop)
+        self._distrust = Distrust(fuse_fd, union, self._workers)
+        self._files = Files(self._exchange, self._distrust.drop, self._distrust.dropping)
         self._dirs = Dirs(self._exchange)
         self._handlers: list[Handler] = [self._unknown] * wire.OPCODES
         self._fill(self._names.table() | self._files.table() | self._dirs.table())
@@ -481,7 +481,7 @@ class Channel:
             log.warning("io=passthrough is not possible: the kernel does not offer it (Linux 6.9)")
         if InitFlag.WRITEBACK_CACHE in session.flags:
             self._files.flush = partial(notify.drop, self._fd, place=None)
-            self._names.drop = self._drop
+            self._names.drop = self._distrust.drop
         if self._insisted and InitFlag.WRITEBACK_CACHE not in session.flags:
             log.warning("writeback=on ignored: it cannot be had together with io=passthrough")
         if InitFlag.NO_OPENDIR_SUPPORT in session.flags:

@@ -25,17 +25,18 @@ class Distrust:
         self._fd = fuse_fd
         self._union = union
         self._workers = workers
-        self._dropping: set[int] = set()
+        self.dropping: set[int] = set()
+        """The nodes it is at."""
 
     def drop(self, nodeid: int) -> None:
         """Begin to; once at a time for a node."""
-        if nodeid in self._dropping:
+        if nodeid in self.dropping:
             return
         try:
             place = self._union.place(nodeid)
         except OSError:
             return  # forgotten, and with it what was kept
-        self._dropping.add(nodeid)
+        self.dropping.add(nodeid)
         self._workers.call(partial(self._drop_now, nodeid, place))
 
     def _drop_now(self, nodeid: int, place: tuple[int, bytes] | None) -> None:
@@ -45,4 +46,4 @@ class Distrust:
             if exc.errno not in _GONE:
                 log.warning("what a file no longer holds may be seen until it is no longer cached: %s", exc)
         finally:
-            self._dropping.discard(nodeid)
+            self.dropping.discard(nodeid)

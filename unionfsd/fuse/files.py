@@ -9,8 +9,9 @@ opens, and sends no RELEASE.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from functools import partial
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from unionfsd.fuse import abi, wire
@@ -31,13 +32,19 @@ _BODY: Final = wire.BODY
 _DATA: Final = wire.BODY + wire.WRITE_IN.size
 _ARGUMENT: Final = wire.BODY + wire.IOCTL_IN.size
 
+_NO_SPACE: Final = frozenset((errno.ENOSPC, errno.EDQUOT))
+_DROP_S: Final = 1.0
+"""Seconds that a write without space waits at most for the pages of other files to be dropped."""
+_FORGET_S: Final = 0.005
+
 
 class Files:
     """The handlers of opening, reading and writing."""
 
-    def __init__(self, exchange: Exchange, drop: Callable[[int], None]) -> None:
-        """`drop` is told of nodes whose data the kernel keeps, and could not hand over."""
+    def __init__(self, exchange: Exchange, drop: Callable[[int], None], dropping: Set[int]) -> None:
+        """`drop` is told of nodes whose data the kernel keeps, and could not hand over; `dropping` are those of now."""
         self._exchange = exchange
+        self._dropping = dropping
         self._drop = drop
         self._union = exchange.union
         self.handles = True
@@ -136,17 +143,25 @@ class Files:
         inbox = exchange.inbox
         data = inbox.view[_DATA:end]
         if flags & abi.FUSE_WRITE_CACHE and self.flush is not None:
-            op = self._from_cache(self._union.write_late(nodeid, data, offset), nodeid)
+            op = self._from_cache(nodeid, partial(self._union.write_late, nodeid, data, offset))
         else:
             op = self._union.write(nodeid, data, offset)
         if flags & abi.FUSE_WRITE_KILL_SUIDGID:
             op = self._unprivileged(op, nodeid)
         return exchange.start(op, wire.WRITE_OUT.pack, inbox)
 
-    def _from_cache(self, op: Op[int], nodeid: int) -> Op[int]:
-        """`op` writes what readers see already: if it fails, they must not go on seeing it."""
+    def _from_cache(self, nodeid: int, write: Callable[[], Op[int]]) -> Op[int]:
+        """`write` writes what readers see already: if it fails, they must not go on seeing it."""
         try:
-            return (yield from op)
+            try:
+                return (yield from write())
+            except OSError as exc:
+                if exc.errno not in _NO_SPACE:
+                    raise
+            # The user was told that this is written. What was unlinked may still have its space: the kernel says late
+            # what it has forgotten, after other requests, and of what it is to drop not before it has.
+            yield Blocking(partial(_wait_for_space, self._dropping, self._dropping - {nodeid}))
+            return (yield from write())
         except OSError:
             self._drop(nodeid)
             raise
@@ -163,7 +178,7 @@ class Files:
     def _fallocate(self, nodeid: int, end: int) -> Payload | None:
         exchange = self._exchange
         _, offset, length, mode = wire.FALLOCATE_IN.unpack_from(exchange.buf, _BODY)
-        op = self._union.fallocate(nodeid, mode, offset, length)
+        op = self._union.fallocate(nodeid, mode, offset, length, late=self.flush is not None)
         return exchange.start(self._by_caller(op, nodeid), nothing)
 
     def _lseek(self, nodeid: int, end: int) -> Payload | None:
@@ -182,7 +197,8 @@ class Files:
 
     def _copy(self, nodeid: int) -> Op[int]:
         _, source_at, target, _, target_at, length, _ = wire.COPY_FILE_RANGE_IN.unpack_from(self._exchange.buf, _BODY)
-        op = self._union.copy_file_range(nodeid, source_at, target, target_at, min(length, _COPY_MAX))
+        length, late = min(length, _COPY_MAX), self.flush is not None
+        op = self._union.copy_file_range(nodeid, source_at, target, target_at, length, late=late)
         return self._by_caller(op, target)
 
     def _by_caller(self, op: Op[T], nodeid: int) -> Op[T]:
@@ -195,6 +211,14 @@ class Files:
         if size != end - _ARGUMENT:
             raise wire.WireError(f"IOCTL of {size} bytes holds {end - _ARGUMENT}")
         return exchange.start(self._union.ioctl(nodeid, command, exchange.buf[_ARGUMENT:end]), _ioctl_out)
+
+
+def _wait_for_space(dropping: Set[int], nodes: Set[int]) -> None:
+    """In a thread: until none of `nodes` is being dropped, and the kernel could say what it has forgotten."""
+    end = monotonic() + _DROP_S
+    while not nodes.isdisjoint(dropping) and monotonic() < end:
+        sleep(_FORGET_S)
+    sleep(_FORGET_S)
 
 
 def _ioctl_out(answer: bytes) -> bytes:
