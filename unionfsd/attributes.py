@@ -203,8 +203,12 @@ class Attributes:
     def getxattr(self, node: Node, name: bytes) -> bytes:
         """Value of an xattr; ENODATA."""
         self._check_name(name, errno.ENODATA)
-        with self._resolver.open_object(node) as fd:
-            value = syscalls.getxattr(fd.fd, fmt.name_in_layer(name, self._form(node)))
+        kept = fmt.name_in_layer(name, self._form(node))
+        if node.open is not None and node.open.fd is not None and node.entry.data is None:
+            value = syscalls.getxattr(node.open.fd.fd, kept)  # asked before the first write to every file
+        else:
+            with self._resolver.open_object(node) as fd:
+                value = syscalls.getxattr(fd.fd, kept)
         return value if layer_of(self._resolver, node).idmapped else self._owners.show_xattr(name, value)
 
     def _check_name(self, name: bytes, number: int) -> None:

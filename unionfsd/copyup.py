@@ -7,7 +7,8 @@ Rules this file obeys:
 - Ancestors by a loop, after the data is staged: a copy-up that runs out of space leaves no empty directories.
 - Everything comes along or the copy-up fails: data with its holes, owner, mode, times, xattrs, ACLs, capabilities.
   What the upper cannot keep and nobody's security depends on is left out, and counted.
-- Data is on disk before its name is, unless the mount never syncs.
+- Data is on disk before its name is, unless the mount never syncs. Where there is none, or what there is is shared with
+  the lower, nothing is synced.
 - With metacopy, what is done to a file but to its data copies up no data, but a file with a hole and a mark. The data
   follows when it is needed: a file with one name is replaced by a whole one in one call, one with several is filled and
   then loses the mark.
@@ -29,7 +30,7 @@ from . import owners, protection, syscalls, verity
 from .entries import UPPER, Entry, Source
 from .events import Events
 from .fdcache import FdCache
-from .filecopy import copy_data
+from .filling import fill, fill_data, restore_privileges, staging_mode
 from .index import Index
 from .inodes import DirNode, Node, OpenState, path_of
 from .layers import LowerDir, exists, optional_xattr, read_data_marks, xattr_names
@@ -42,7 +43,7 @@ from .workdir import Staged, Workdir
 
 log = logging.getLogger(__name__)
 
-#: Files up to this size are copied without a thread where nothing has to be synced.
+#: Files up to this size are copied without a thread where nothing has to be synced; empty ones always.
 _INLINE: Final = 64 * 1024
 
 
@@ -128,18 +129,33 @@ class CopyUp:
             return metadata
         owners = self.keeping.owners
         xattrs = {name: owners.keep_xattr(name, value) for name, value in metadata.xattrs.items()}
-        return Metadata(owners.keep(metadata.st), xattrs)
+        return Metadata(owners.keep(metadata.st), xattrs, elsewhere=metadata.elsewhere)
 
     def _leaf(self, node: Node, size: int | None, *, data: bool) -> Op[None]:
         lower = node.entry.lowers[0]
-        with syscalls.open_object(lower.open(self._fds), _below(node)) as source:
-            metadata = self._metadata(source.fd, lower)
-            if not stat.S_ISREG(metadata.st.st_mode):
-                self._special(node, lower, source, metadata)
-                return
-            if not data and self._metadata_only(node, lower, source, metadata):
-                return
-        yield from self._regular(node, lower, metadata, size)
+        own = self._readable(node, lower) if data or not self._metacopy else None
+        if own is not None:
+            metadata = self._metadata(own.fd, lower)
+        else:
+            with syscalls.open_object(lower.open(self._fds), _below(node)) as source:
+                metadata = self._metadata(source.fd, lower)
+                if not stat.S_ISREG(metadata.st.st_mode):
+                    self._special(node, lower, source, metadata)
+                    return
+                if not data and self._metadata_only(node, lower, source, metadata):
+                    return
+            own = lower.layer.open_data(lower.open(self._fds), _below(node))
+        yield from self._regular(node, lower, own, metadata, size)
+
+    def _readable(self, node: Node, lower: LowerDir) -> Fd | None:
+        """A descriptor to read a lower file by; None for what is, or may stand for, no regular file."""
+        if lower.layer.override is not None:
+            return None
+        if node.open is not None and node.open.fd is not None and node.entry.data is None:
+            return node.open.fd
+        dirfd, name = lower.open(self._fds), _below(node)
+        is_file = stat.S_ISREG(syscalls.stat_at(dirfd, name).st_mode)
+        return lower.layer.open_data(dirfd, name) if is_file else None
 
     def _metadata_only(self, node: Node, lower: LowerDir, object_: Fd, metadata: Metadata) -> bool:
         """Copy a regular file up without its data, if that may be: the data will be where it is now."""
@@ -191,20 +207,23 @@ class CopyUp:
             staged.abandon()
             raise
 
-    def _regular(self, node: Node, lower: LowerDir, metadata: Metadata, size: int | None) -> Op[None]:
+    def _regular(self, node: Node, lower: LowerDir, own: Fd, metadata: Metadata, size: int | None) -> Op[None]:
         state = node.state()
         gate = state.gate = Gate()
         try:
-            own = source = lower.layer.open_data(lower.open(self._fds), _below(node))
-            elsewhere = self._resolver.locate(node, own.fd)
+            source = own
+            elsewhere = self._resolver.locate(node, own.fd) if metadata.elsewhere else None
             if elsewhere is not None:
                 source = elsewhere.open(self._fds)
-            staged = self._work.stage_file(0o600)
+            length = metadata.st.st_size if size is None else min(size, metadata.st.st_size)
+            staged = self._work.stage_file(staging_mode(metadata, self.keeping))
             try:
                 protection.carry(own.fd, staged.fd.fd, self._work)
                 indexed = self._record_leaf_origin(staged.fd.fd, lower, node)
-                fill = partial(_fill, staged.fd, source, elsewhere, metadata, size, self.keeping, sync=self._work.syncs)
-                yield from self._run(fill, metadata.st.st_size, node, staged.fd)
+                filling = partial(
+                    fill, staged.fd, source, elsewhere, metadata, size, self.keeping, sync=self._work.syncs
+                )
+                yield from self._run(filling, length, node, staged.fd)
                 # The gate kept the node a lower one; names and parents are looked at only from here on.
                 self._finish(node, staged, metadata.st.st_nlink if indexed else None)
             except BaseException:
@@ -239,8 +258,8 @@ class CopyUp:
         staged = self._work.stage_file(0o600)
         try:
             length = self._resolver.stat(node).st_size if size is None else size
-            fill = partial(_fill_data, staged.fd, source.open(self._fds), source, length, sync=self._work.syncs)
-            yield from self._run(fill, length, node, staged.fd)
+            filling = partial(fill_data, staged.fd, source.open(self._fds), source, length, sync=self._work.syncs)
+            yield from self._run(filling, length, node, staged.fd)
             # Meanwhile its attributes may have changed, and its names.
             if not self._is_alone(node):
                 staged.abandon()
@@ -276,9 +295,9 @@ class CopyUp:
         form = self.keeping.form
         before = read_metadata(target.fd, form)
         length, sync = before.st.st_size, self._work.syncs
-        fill = partial(_fill_data, target, source.open(self._fds), source, length, sync=sync)
-        yield from self._run(fill, length, node, target)
-        _restore_privileges(target.fd, before, form)
+        filling = partial(fill_data, target, source.open(self._fds), source, length, sync=sync)
+        yield from self._run(filling, length, node, target)
+        restore_privileges(target.fd, before, form)
         syscalls.utimens(target.fd, before.st.st_atime_ns, before.st.st_mtime_ns)
         for name in xattr_names(target.fd):
             if name in fmt.METACOPY_NAMES:
@@ -288,7 +307,7 @@ class CopyUp:
         state.writable = True
 
     def _run(self, fill: Callable[[], int], size: int, node: Node, target: Fd) -> Op[None]:
-        if not self._work.syncs and size <= _INLINE:
+        if size <= (0 if self._work.syncs else _INLINE):
             self._counters.copied_bytes += fill()
         else:
             with self._counters.working("copy-up", path_of(node), size, partial(_size, target)):
@@ -414,55 +433,3 @@ def _below(node: Node) -> bytes:
 def _size(fd: Fd) -> int:
     """How far a copy into the file is: it grows."""
     return os.fstat(fd.fd).st_size
-
-
-def _fill(
-    target: Fd,
-    source: Fd,
-    elsewhere: Source | None,
-    metadata: Metadata,
-    size: int | None,
-    keeping: Keeping,
-    *,
-    sync: bool,
-) -> int:
-    """Give `target` the data of `source` and `metadata`; returns the bytes copied. Runs in a thread.
-
-    `elsewhere`: where `source` is, if that is not the object that `metadata` is of.
-    """
-    length = metadata.st.st_size if size is None else min(size, metadata.st.st_size)
-    if elsewhere is None:
-        copied = copy_data(source.fd, target.fd, length, os.fstat(source.fd))
-    else:
-        copied = _fill_data(target, source, elsewhere, length, sync=False)
-    apply_metadata(target.fd, metadata, keeping)
-    if size is not None:
-        syscalls.utimens(target.fd, metadata.st.st_atime_ns, UTIME_NOW)
-    if sync:
-        syscalls.fsync(target.fd)
-    return copied
-
-
-def _fill_data(target: Fd, source: Fd, where: Source, length: int, *, sync: bool) -> int:
-    """Give `target` the first `length` bytes of `source`, checked if they must be; returns the bytes copied."""
-    if where.digest is not None and length:
-        verity.check(source, where.digest, where.path)
-    st = os.fstat(source.fd)
-    copied = copy_data(source.fd, target.fd, min(length, st.st_size), st)
-    if length != st.st_size:
-        syscalls.truncate(target.fd, length)
-    if sync:
-        syscalls.fsync(target.fd)
-    return copied
-
-
-def _restore_privileges(fd: int, before: Metadata, form: fmt.OverrideForm | None) -> None:
-    """Give a file back what writing to it took away."""
-    capability = before.xattrs.get(fmt.CAPABILITY)
-    if capability is not None:
-        syscalls.setxattr(fd, fmt.name_in_layer(fmt.CAPABILITY, form), capability)
-    if form is not None:
-        return
-    lost = stat.S_IMODE(before.st.st_mode) & ~os.fstat(fd).st_mode & (stat.S_ISUID | stat.S_ISGID)
-    if lost:
-        syscalls.chmod(fd, stat.S_IMODE(before.st.st_mode))

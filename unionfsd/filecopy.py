@@ -16,19 +16,19 @@ _NO_CLONE: Final = _NO_COPY_RANGE | {errno.ENOTTY, errno.EISDIR, errno.EBADF}
 def copy_data(source: int, target: int, length: int, st: os.stat_result) -> int:
     """Copy the first `length` bytes of `source`, whose fstat is `st`, into the empty `target`; returns bytes copied.
 
-    Shares blocks where the file system can; otherwise holes stay holes.
+    Holes stay holes.
     """
-    if length == st.st_size and _clone(source, target):
-        return 0
-    copied = 0
+    copied = end = 0
     for start, end in _extents(source, length, st):
         _copy_extent(source, target, start, end)
         copied += end - start
-    syscalls.truncate(target, length)
+    if end != length:
+        syscalls.truncate(target, length)
     return copied
 
 
-def _clone(source: int, target: int) -> bool:
+def share_data(source: int, target: int) -> bool:
+    """Make the empty `target` share all blocks of `source`; False where the file system cannot."""
     try:
         syscalls.clone(target, source)
     except OSError as exc:

@@ -17,7 +17,7 @@ from . import format as fmt
 from . import syscalls
 from .entries import Entry
 from .inodes import DirNode, Node
-from .layers import Layer, optional_xattr
+from .layers import Layer, has_any_xattr, optional_xattr
 from .lookup import Resolver
 from .protection import IMMUTABLE, PROTECTED, decode
 from .workdir import Workdir
@@ -52,7 +52,7 @@ class Guard:
         return self._of_upper(dirfd, name)
 
     def _of_upper(self, dirfd: int, name: bytes) -> int:
-        if self._xattr is None or (name and not _has(dirfd, name, self._xattr)):
+        if self._xattr is None or (name and not has_any_xattr(dirfd, name, (self._xattr,))):
             return 0
         opened = syscalls.open_object(dirfd, name) if name else syscalls.reopen(dirfd, os.O_PATH)
         with opened as fd:
@@ -82,18 +82,6 @@ class Guard:
             flags = syscalls.attributes_at(lower, b"" if directory else entry.name or name) & PROTECTED
         if flags:
             raise _refused()
-
-
-def _has(dirfd: int, name: bytes, xattr: bytes) -> bool:
-    """Most objects have no xattrs at all, and then to list them costs half of what the error of a missing one does."""
-    path = syscalls.proc_path(dirfd) + b"/" + syscalls.component(name)
-    try:
-        names = os.listxattr(path, follow_symlinks=False)
-        return bool(names) and os.fsdecode(xattr) in names
-    except OSError as exc:
-        if exc.errno == errno.EOPNOTSUPP:
-            return False
-        raise
 
 
 def _refused() -> PermissionError:

@@ -220,6 +220,20 @@ def xattr_names(fd: int) -> list[bytes]:
         raise
 
 
+def has_any_xattr(dirfd: int, name: bytes, xattrs: tuple[bytes, ...]) -> bool:
+    """Whether `name` beneath `dirfd` has one of `xattrs`.
+
+    Most objects have none at all, and then to list them costs half of what the error of a missing one does.
+    """
+    try:
+        names = syscalls.listxattr_at(dirfd, name)
+    except OSError as exc:
+        if exc.errno == errno.EOPNOTSUPP:
+            return False
+        raise
+    return any(os.fsdecode(xattr) in names for xattr in xattrs) if names else False
+
+
 class DataMarks(NamedTuple):
     """What a file says that has no data of its own: the digest of that data, and what it is called in layers below."""
 

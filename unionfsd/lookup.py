@@ -236,8 +236,8 @@ class Resolver:
 
     # What names are.
 
-    def find(self, parent: DirNode, name: bytes) -> Hit | None:
-        """What `name` in `parent` is, None when the union has no such name; ENAMETOOLONG."""
+    def find(self, parent: DirNode, name: bytes, known: Node | None = None) -> Hit | None:
+        """What `name` in `parent` is, if anything; ENAMETOOLONG. The number of `known`, its node, is believed."""
         if len(syscalls.component(name)) > self.name_max:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), os.fsdecode(name))
         if fmt.is_reserved(name):
@@ -247,24 +247,27 @@ class Resolver:
             dirfd = self.upper_dir(parent)
             st = stat_or_none(dirfd, name)
             if st is not None:
-                return self._upper_hit(parent, dirfd, name, st)
+                return self._upper_hit(parent, dirfd, name, st, known)
             if not entry.lowers or name in self.hidden(parent):
                 return None
         return self.find_lower(parent, name)
 
-    def _upper_hit(self, parent: DirNode, dirfd: int, name: bytes, st: os.stat_result) -> Hit | None:
+    def _upper_hit(
+        self, parent: DirNode, dirfd: int, name: bytes, st: os.stat_result, known: Node | None
+    ) -> Hit | None:
         if stat.S_ISDIR(st.st_mode):
             entry = self._upper_dir_entry(parent, dirfd, name)
             return Hit(entry, st, self._dir_ino(entry.lowers, st))
         if self.is_whiteout(parent, dirfd, name, st):
             return None
+        indexed = None
         if self.index is not None and st.st_nlink > 1 and (self.impure(parent) or self.lower_has(parent, name)):
             with syscalls.open_object(dirfd, name) as fd:
                 indexed = self.index.find_upper(fd.fd, st)
-            if indexed is not None:
-                entry = Entry(True, (), index=indexed)
-                return Hit(entry, st, self._leaf_ino(parent, dirfd, name, st, indexed=True))
-        return Hit(UPPER, st, self._leaf_ino(parent, dirfd, name, st))
+        entry = UPPER if indexed is None else Entry(True, (), index=indexed)
+        if known is not None:
+            return Hit(entry, st, known.ino)
+        return Hit(entry, st, self._leaf_ino(parent, dirfd, name, st, indexed=indexed is not None))
 
     def _upper_dir_entry(self, parent: DirNode, dirfd: int, name: bytes) -> Entry:
         """What the upper directory `name` is merged with."""
@@ -411,7 +414,7 @@ class Resolver:
                 origin = next((fmt.decode_origin(value) for value in values if value), None)
             if origin is not None:
                 was = self._origin_at(parent, name, origin) or self._origin_by_handle(origin)
-                if was is not None and (was.st_nlink == 1 or indexed) and _same_type(was, st):
+                if was is not None and (was.st_nlink == 1 or indexed) and not stat.S_IFMT(was.st_mode ^ st.st_mode):
                     return self.stack.ino(was)
         return self.stack.ino(st)
 
@@ -494,7 +497,3 @@ class Resolver:
     def is_empty(self, node: DirNode) -> bool:
         """Whether the union shows nothing in `node`."""
         return next(merge(self._read_upper(node), self.lower_names(node, read=True)), None) is None
-
-
-def _same_type(one: os.stat_result, other: os.stat_result) -> bool:
-    return stat.S_IFMT(one.st_mode) == stat.S_IFMT(other.st_mode)

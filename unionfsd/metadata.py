@@ -23,13 +23,17 @@ log = logging.getLogger(__name__)
 
 
 class Metadata:
-    """Everything but the data of an object; immutable. `xattrs` are those that go along, by name."""
+    """Everything but the data of an object; immutable. `xattrs` are those that go along, by name.
 
-    __slots__ = ("st", "xattrs")
+    `elsewhere`: it is a file that says that its data is in another layer (metacopy).
+    """
 
-    def __init__(self, st: StatLike, xattrs: dict[bytes, bytes]) -> None:
+    __slots__ = ("elsewhere", "st", "xattrs")
+
+    def __init__(self, st: StatLike, xattrs: dict[bytes, bytes], *, elsewhere: bool = False) -> None:
         self.st = st
         self.xattrs = xattrs
+        self.elsewhere = elsewhere
 
 
 class Keeping(NamedTuple):
@@ -42,11 +46,13 @@ class Keeping(NamedTuple):
 def read_metadata(fd: int, form: fmt.OverrideForm | None) -> Metadata:
     """Metadata of the object `fd` (O_PATH allowed) of a layer of `form`, without the format's own xattrs."""
     xattrs = {}
-    for name in xattr_names(fd):
+    names = xattr_names(fd)
+    for name in names:
         shown = fmt.name_in_mount(name, form)
         if shown is not None:
             xattrs[shown] = syscalls.getxattr(fd, name)
-    return Metadata(owners.recorded(fd, os.fstat(fd), form), xattrs)
+    elsewhere = any(name in names for name in fmt.METACOPY_NAMES)
+    return Metadata(owners.recorded(fd, os.fstat(fd), form), xattrs, elsewhere=elsewhere)
 
 
 def apply_metadata(fd: int, metadata: Metadata, keeping: Keeping) -> None:
@@ -56,14 +62,16 @@ def apply_metadata(fd: int, metadata: Metadata, keeping: Keeping) -> None:
     """
     st, form = metadata.st, keeping.form
     own = os.fstat(fd)
-    if form is None and (own.st_uid, own.st_gid) != (st.st_uid, st.st_gid):
+    moved = form is None and (own.st_uid, own.st_gid) != (st.st_uid, st.st_gid)
+    if moved:
         keeping.owners.forgive(lambda: syscalls.chown(fd, st.st_uid, st.st_gid))
     for name, value in metadata.xattrs.items():
         _copy_xattr(fd, name, value, form)
     if form is not None:
         owners.record(fd, form, fmt.Override(st.st_uid, st.st_gid, st.st_mode, st.st_rdev))
-    if not stat.S_ISLNK(st.st_mode):
-        syscalls.chmod(fd, owners.disk_mode(st.st_mode, form))
+    mode = owners.disk_mode(st.st_mode, form)
+    if not stat.S_ISLNK(st.st_mode) and (moved or metadata.xattrs or stat.S_IMODE(own.st_mode) != mode):
+        syscalls.chmod(fd, mode)
     syscalls.utimens(fd, st.st_atime_ns, st.st_mtime_ns)
 
 

@@ -102,7 +102,7 @@ class Places:
 
     def victim(self, parent: DirNode, name: bytes) -> Hit:
         self.alive(parent)
-        hit = self._resolver.find(parent, name)
+        hit = self._resolver.find(parent, name, child(parent, name))
         if hit is None:
             raise fail(errno.ENOENT, name)
         self.guard.take(parent, name, hit.entry, directory=stat.S_ISDIR(hit.st.st_mode))

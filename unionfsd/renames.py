@@ -20,6 +20,7 @@ from . import intent, syscalls
 from .copyup import CopyUp
 from .entries import UPPER, Entry
 from .inodes import DirNode, NodeTable, child
+from .layers import has_any_xattr
 from .ledger import Kind
 from .lookup import Hit, Resolver
 from .metadata import apply_metadata, read_metadata
@@ -54,7 +55,7 @@ class Renames:
         while True:
             source = self._places.victim(parent, name)
             self._places.alive(new_parent)
-            target = self._resolver.find(new_parent, new_name)
+            target = self._resolver.find(new_parent, new_name, child(new_parent, new_name))
             self._guard(new_parent, new_name, target)
             self._check_rename(source, target, new_name, flags)
             exchange = bool(flags & syscalls.RENAME_EXCHANGE)
@@ -143,7 +144,7 @@ class Renames:
                 self._work.mark_opaque(fd.fd)
 
     def _redirect_data(self, here: Place, there: Place) -> None:
-        if self._resolver.impure(here.parent):
+        if self._resolver.impure(here.parent) and has_any_xattr(here.dirfd, here.name, fmt.METACOPY_NAMES):
             with syscalls.open_object(here.dirfd, here.name) as fd:
                 self._places.redirect_data(fd, here, there)
 

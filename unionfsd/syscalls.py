@@ -185,6 +185,11 @@ def listxattr(fd: int) -> list[bytes]:
     return [os.fsencode(name) for name in os.listxattr(proc_path(fd))]
 
 
+def listxattr_at(dirfd: int, name: bytes) -> list[str]:
+    """Names of the xattrs of `name` beneath `dirfd`, a symlink included, as the file system decodes them."""
+    return os.listxattr(proc_path(dirfd) + b"/" + component(name), follow_symlinks=False)
+
+
 def readlink(fd: int) -> bytes:
     """Target of the symlink that the O_PATH `fd` refers to."""
     return os.readlink(b"", dir_fd=fd)
@@ -336,7 +341,7 @@ def flag_ioctl(fd: int, command: int, data: bytes) -> bytes:
 _statx = _libc.statx
 _statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p)
 _STATX_BTIME: Final = 0x800
-_STATX_SIZE: Final = 256
+_Statx = ctypes.c_char * 256  # made once: create_string_buffer makes a type and an audit event at every call
 _STATX_BTIME_AT: Final = 0x50
 _STATX_DEV_AT: Final = 0x88
 _AT_STATX_DONT_SYNC: Final = 0x4000
@@ -347,7 +352,7 @@ _STATX_ATTRIBUTES_AT: Final = 0x08
 
 def attributes_at(dirfd: int, name: bytes) -> int:
     """STATX_ATTR_* of `name` beneath `dirfd`, or with no name of `dirfd` itself: 0x10 immutable, 0x20 append-only."""
-    buf = ctypes.create_string_buffer(_STATX_SIZE)
+    buf = _Statx()
     flags = AT_SYMLINK_NOFOLLOW if name else AT_EMPTY_PATH
     if _statx(dirfd, component(name) if name else b"", flags, 0, buf):
         raise _error()
@@ -356,7 +361,7 @@ def attributes_at(dirfd: int, name: bytes) -> int:
 
 def birth_time(fd: int) -> int | None:
     """When the object `fd` (O_PATH allowed) was made, in ns since the epoch; None where that is not known."""
-    buf = ctypes.create_string_buffer(_STATX_SIZE)
+    buf = _Statx()
     if _statx(fd, b"", AT_EMPTY_PATH, _STATX_BTIME, buf):
         raise _error()
     if not struct.unpack_from("=I", buf)[0] & _STATX_BTIME:
@@ -367,7 +372,7 @@ def birth_time(fd: int) -> int | None:
 
 def device_of(path: bytes) -> tuple[int, int]:
     """(major, minor) of what `path` is, symlinks followed, as the kernel knows it: its file system is not asked."""
-    buf = ctypes.create_string_buffer(_STATX_SIZE)
+    buf = _Statx()
     if _statx(AT_FDCWD, path, _AT_STATX_DONT_SYNC, 0, buf):
         raise _error(path)
     major, minor = struct.unpack_from("=II", buf, _STATX_DEV_AT)
@@ -442,6 +447,7 @@ def listen_unix(path: bytes, mode: int, backlog: int) -> Fd:
 
 
 _MAX_HANDLE_SZ: Final = 128
+_FileHandle = ctypes.c_char * (8 + _MAX_HANDLE_SZ)
 
 
 def file_handle(dirfd: int, name: bytes) -> tuple[int, bytes]:
@@ -449,7 +455,7 @@ def file_handle(dirfd: int, name: bytes) -> tuple[int, bytes]:
 
     name_to_handle_at(2); EOPNOTSUPP where the file system has none.
     """
-    buf = ctypes.create_string_buffer(8 + _MAX_HANDLE_SZ)
+    buf = _FileHandle()
     struct.pack_into("=Ii", buf, 0, _MAX_HANDLE_SZ, 0)
     mount_id = ctypes.c_int()
     if _libc.name_to_handle_at(dirfd, name, buf, ctypes.byref(mount_id), 0 if name else AT_EMPTY_PATH):
