@@ -22,6 +22,7 @@ from . import intent, syscalls
 from .abilities import Abilities
 from .attributes import Attr, Attributes, SetAttr
 from .copyup import CopyUp
+from .entries import UPPER
 from .errors import LAYER, UserError
 from .events import Events
 from .fdcache import FdCache, fd_budget
@@ -29,7 +30,7 @@ from .guard import Guard
 from .handles import Handles
 from .heir import Heir, Inheritance
 from .index import Index, open_index
-from .inodes import ROOT_ID, UPPER, DirNode, Node, NodeTable, child, path_of, path_to
+from .inodes import ROOT_ID, DirNode, Node, NodeTable, child, path_of, path_to
 from .layers import LayerStack, open_stack
 from .ledger import Ledger
 from .listing import Dirent
@@ -79,6 +80,7 @@ class Union:
         self.events = Events(always=config.events == "on")
         self.stack = stack
         self._work = work
+        self._touched = False
         self._frozen: Gate | None = None
         self._fds = FdCache(fd_budget())
         self._resolver = Resolver(stack, self._fds, **config.rules)
@@ -136,6 +138,7 @@ class Union:
 
     def resume(self) -> Inheritance:
         """Go on where the process stopped that had the ledger before."""
+        self._touched = True  # by that process, perhaps
         if self._index is not None:
             self._index.reload()
         return Heir(self._resolver, self._table, self._work).resume()
@@ -162,6 +165,7 @@ class Union:
             raise FrozenError(self._frozen)
         if self._mutations is None or self.config.ro:
             raise fail(errno.EROFS)
+        self._touched = True
         return self._mutations
 
     def _changed(self, kind: str, parent: DirNode, name: bytes, to: tuple[DirNode, bytes] | None = None) -> None:
@@ -402,12 +406,10 @@ class Union:
             self._change()
         return self._handles.ioctl(self._table.get(nodeid), command, data)
 
-    def copy_file_range(
-        self, source: int, offset: int, target: int, target_offset: int, length: int, *, late: bool = False
-    ) -> Op[int]:
+    def copy_file_range(self, source: int, at: int, target: int, to: int, size: int, *, late: bool = False) -> Op[int]:
         self._change()
         read, written = self._table.get(source), self._table.get(target)
-        op = self._handles.copy_file_range(read, offset, written, target_offset, length)
+        op = self._handles.copy_file_range(read, at, written, to, size)
         return self._writing(written, self._handles.late(written, op) if late else op)
 
     # Directories.
@@ -436,14 +438,15 @@ class Union:
     # The mount as a whole.
 
     def shutdown(self) -> Op[None]:
-        """The last operation: puts the upper on disk, as the kernel asks nobody to when it unmounts.
+        """The last operation: puts the upper on disk if it was changed, as the kernel asks nobody to when it unmounts.
 
         The next mount of the upper need not wait for that: the locks go first.
         """
         if self._work is not None:
             self._work.close()
         self.stack.unlock()
-        yield from self.syncfs()
+        if self._touched:
+            yield from self.syncfs()
 
     def syncfs(self) -> Op[None]:
         """Put the upper on disk, unless the mount never syncs."""

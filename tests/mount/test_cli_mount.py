@@ -540,7 +540,9 @@ def test_an_interruption_on_the_way_up_leaves_no_mount(where: str, cli: Cli) -> 
     assert not cli.pids()
 
 
-def test_an_upper_that_cannot_be_synced_is_told_at_the_end(cli: Cli) -> None:
+@pytest.mark.parametrize("changed", [True, False])
+def test_an_upper_that_cannot_be_synced_is_told_at_the_end(changed: bool, cli: Cli) -> None:
+    """One that nothing was changed in need not be."""
     preparation = """
         import errno, os
         from unionfsd import syscalls
@@ -549,10 +551,12 @@ def test_an_upper_that_cannot_be_synced_is_told_at_the_end(cli: Cli) -> None:
         syscalls.syncfs = fail
     """
     assert cli.complete(scripted(cli, preparation, "-o", f"log={cli.layers.root}/log")).returncode == errors.OK
+    if changed:
+        Path(cli.mnt, "new").touch()
     run("umount", cli.mnt)
     cli.wait_until_ended()
     log = (cli.layers.root / "log").read_text()
-    assert "CRITICAL unionfsd.daemon: the upper could not be synced: Input/output error (" in log
+    assert ("CRITICAL unionfsd.daemon: the upper could not be synced: Input/output error (" in log) == changed
 
 
 def test_nohup_outlives_the_terminal(cli: Cli) -> None:
