@@ -63,6 +63,13 @@ def test_a_refusal_imports_no_event_loop() -> None:
     assert not imported_by("-o", "lowerdir=/nonexistent,timeout=x", "/") & {"trio", "pyfuse3", "unionfsd.union"}
 
 
+def test_the_way_to_a_mount_imports_little() -> None:
+    """Until the layers are opened; each of these takes as long as all the layers of a mount."""
+    imported = imported_by("-f", "-o", "lowerdir=/nonexistent", "/")
+    assert "unionfsd.union" in imported
+    assert not imported & {"argparse", "dataclasses", "inspect", "socket", "subprocess", "trio", "pyfuse3"}
+
+
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_names_every_option(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([flag]) == OK
@@ -80,6 +87,9 @@ def test_help_names_every_option(flag: str, capsys: pytest.CaptureFixture[str]) 
         (["-o", "lowerdir=/", ""], "no mountpoint given ("),
         (["a", "b", "c"], "too many arguments: a b c ("),
         (["--frobnicate", "/"], "unrecognized arguments: --frobnicate ("),
+        (["-fx", "/"], "unrecognized arguments: -fx ("),
+        (["--version=1", "/"], "unrecognized arguments: --version=1 ("),
+        (["/", "--config"], "argument --config: expected one argument ("),
         (["/", "-o"], "argument -o: expected one argument ("),
         (["/"], "no layer given ("),
         (["/", "-o", "lowerdir=/,timeout=soon"], "option timeout=soon: not a number of seconds"),
@@ -91,6 +101,21 @@ def test_a_wrong_command_line_is_refused(arguments: list[str], line: str, capsys
     code, said = refused(capsys, *arguments)
     assert code == USAGE
     assert said.startswith(line)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-o", "lowerdir=/,uid=me", "/"],
+        ["SPEC", "/", "-olowerdir=/,uid=me"],
+        ["/", "-fdo", "lowerdir=/,uid=me"],
+        ["-fd", "-o", "lowerdir=/", "/", "-o", "uid=me"],
+        ["-ouid=me", "--", "-SPEC", "/"],
+    ],
+)
+def test_words_may_stand_in_any_order_and_together(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, said = refused(capsys, *arguments)
+    assert (code, said.partition(":")[0]) == (USAGE, "option uid=me")
 
 
 def test_a_missing_mountpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
