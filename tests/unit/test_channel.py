@@ -227,6 +227,25 @@ async def test_a_write_drops_privileges_when_the_kernel_says_so(
     assert union.calls[-1] == ("write", 8, b"data", 3)
 
 
+async def test_a_late_write_waits_for_space_that_comes_back(union: FakeUnion, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was unlinked has its space until the kernel says, after other requests, that it has forgotten it."""
+
+    def write_late(nodeid: int, data: memoryview, offset: int) -> Op[int]:
+        yield from ()
+        if not any(call[0] == "forget" for call in union.calls):
+            raise OSError(errno.ENOSPC, "full")
+        return len(data)
+
+    monkeypatch.setattr(union, "write_late", write_late)
+    async with served(union, config=CONFIG._replace(writeback="on")) as kernel:
+        await kernel.init()
+        written = await kernel.send(Opcode.WRITE, write_in(0, b"late", abi.FUSE_WRITE_CACHE), nodeid=8)
+        await kernel.send(Opcode.FORGET, wire.FORGET_IN.pack(1), nodeid=9)
+        reply = await kernel.receive()
+    assert (reply.unique, reply.error) == (written, 0)
+    assert wire.WRITE_OUT.unpack(reply.payload) == (4,)
+
+
 def _with_mode(st: Any, mode: int) -> Any:
     return type(st)((mode, *st[1:]))
 
