@@ -36,6 +36,14 @@ class Attr(NamedTuple):
     nlink: int
 
 
+class Found(NamedTuple):
+    """An object the kernel asked for by name, or that was created; its lookup is counted."""
+
+    nodeid: int
+    generation: int
+    attr: Attr
+
+
 class SetAttr(NamedTuple):
     """What to change; None leaves a field. Times are ns since the epoch, or syscalls.UTIME_NOW.
 

@@ -16,11 +16,11 @@ import os
 import stat
 from collections.abc import Iterator
 from functools import partial
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, TypeVar
 
 from . import intent, syscalls
 from .abilities import Abilities
-from .attributes import Attr, Attributes, SetAttr
+from .attributes import Attr, Attributes, Found, SetAttr
 from .copyup import CopyUp
 from .entries import UPPER
 from .errors import LAYER, UserError
@@ -52,14 +52,6 @@ __all__ = ["ROOT_ID", "Attr", "Caller", "Dirent", "Found", "SetAttr", "StatLike"
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
-
-
-class Found(NamedTuple):
-    """An object the kernel asked for by name, or that was created; its lookup is counted."""
-
-    nodeid: int
-    generation: int
-    attr: Attr
 
 
 class Union:
@@ -137,8 +129,8 @@ class Union:
         self._readers.end(node)
 
     def resume(self) -> Inheritance:
-        """Go on where the process stopped that had the ledger before."""
-        self._touched = True  # by that process, perhaps
+        """Go on where the process stopped that had the ledger before, and changed something perhaps."""
+        self._touched = True
         if self._index is not None:
             self._index.reload()
         return Heir(self._resolver, self._table, self._work).resume()
@@ -435,7 +427,7 @@ class Union:
         """No reader is in the middle of the directory's listing any more."""
         self._readers.end(self._table.directory(nodeid))
 
-    # The mount as a whole.
+    # As a whole.
 
     def shutdown(self) -> Op[None]:
         """The last operation: puts the upper on disk if it was changed, as the kernel asks nobody to when it unmounts.
