@@ -505,7 +505,7 @@ def test_who_waited_for_a_copy_up_that_failed_tries_again(union: Opened, layers:
 
 
 def test_a_file_that_loses_its_name_meanwhile_gets_none(union: Opened, layers: Layers) -> None:
-    """It lives on in its descriptor, for those who have it open."""
+    """It lives on in work, for those who have it open, until the kernel forgets it."""
     (layers.lower / "d").mkdir()
     (layers.lower / "d/file").write_text("content")
     node = union.node("d/file")
@@ -517,8 +517,10 @@ def test_a_file_that_loses_its_name_meanwhile_gets_none(union: Opened, layers: L
     end(op, copying)
     assert list(layers.upper.iterdir()) == []
     with union.resolver.open_object(node) as fd:
-        assert os.fstat(fd.fd).st_nlink == 0
         assert os.pread(os.open(syscalls.proc_path(fd.fd), os.O_RDONLY), 100, 0) == b"content"
+    assert [name.startswith("#o") for name in os.listdir(union.litter)] == [True]
+    union.table.forget(node.nodeid, 1)
+    assert os.listdir(union.litter) == []
 
 
 def test_a_file_is_published_under_the_name_it_has_by_then(union: Opened, layers: Layers) -> None:
