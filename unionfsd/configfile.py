@@ -32,7 +32,8 @@ from typing import Any, Final, NoReturn
 
 from unionfsd import options
 from unionfsd.errors import UserError, reason
-from unionfsd.options.table import OPTIONS, Option, Security, Value
+from unionfsd.options.effects import Option, Security, Value
+from unionfsd.options.table import OPTIONS
 from unionfsd.options.text import read_path
 
 _BY_NAME: Final = {

@@ -30,9 +30,10 @@ from . import owners, protection, syscalls, verity
 from .entries import UPPER, Entry, Source
 from .events import Events
 from .fdcache import FdCache
-from .filling import fill, fill_data, restore_privileges, staging_mode
+from .filling import Check, fill, fill_data, restore_privileges, staging_mode
 from .index import Index
 from .inodes import DirNode, Node, OpenState, path_of
+from .integrity import UnsoundError, see
 from .layers import LowerDir, exists, optional_xattr, read_data_marks, xattr_names
 from .lookup import Resolver
 from .metadata import Keeping, Metadata, apply_metadata, read_metadata
@@ -112,7 +113,7 @@ class CopyUp:
         source = lower.open(self._fds)
         staged = self._work.stage_dir(0o700)
         try:
-            metadata = self._metadata(source, lower)
+            metadata = self._metadata(source, lower, b"")
             apply_metadata(staged.fd.fd, metadata, self.keeping)
             protection.carry_object(source, staged.fd.fd, self._work)
             self._record_origin(staged.fd.fd, lower, source, b"")
@@ -122,8 +123,10 @@ class CopyUp:
             raise
         self._fds.admit(node.handle, staged.fd)
 
-    def _metadata(self, fd: int, lower: LowerDir) -> Metadata:
-        """Metadata as the upper is to have them."""
+    def _metadata(self, fd: int, lower: LowerDir, name: bytes) -> Metadata:
+        """Metadata of `name` in `lower`, or of that itself, as the upper is to have them."""
+        if self._resolver.integrity is not None:
+            self._resolver.integrity.vouch(lower, name, fd)
         metadata = read_metadata(fd, lower.layer.override)
         if not lower.layer.idmapped:
             return metadata
@@ -135,10 +138,10 @@ class CopyUp:
         lower = node.entry.lowers[0]
         own = self._readable(node, lower) if data or not self._metacopy else None
         if own is not None:
-            metadata = self._metadata(own.fd, lower)
+            metadata = self._metadata(own.fd, lower, _below(node))
         else:
             with syscalls.open_object(lower.open(self._fds), _below(node)) as source:
-                metadata = self._metadata(source.fd, lower)
+                metadata = self._metadata(source.fd, lower, _below(node))
                 if not stat.S_ISREG(metadata.st.st_mode):
                     self._special(node, lower, source, metadata)
                     return
@@ -216,14 +219,15 @@ class CopyUp:
             if elsewhere is not None:
                 source = elsewhere.open(self._fds)
             length = metadata.st.st_size if size is None else min(size, metadata.st.st_size)
+            place = (lower, _below(node)) if elsewhere is None else elsewhere[:2]
+            check = self._check(*place)
             staged = self._work.stage_file(staging_mode(metadata, self.keeping))
             try:
                 protection.carry(own.fd, staged.fd.fd, self._work)
                 indexed = self._record_leaf_origin(staged.fd.fd, lower, node)
-                filling = partial(
-                    fill, staged.fd, source, elsewhere, metadata, size, self.keeping, sync=self._work.syncs
-                )
-                yield from self._run(filling, length, node, staged.fd)
+                sync = self._work.syncs
+                filling = partial(fill, staged.fd, source, elsewhere, metadata, size, self.keeping, check, sync=sync)
+                yield from self._run(filling, length, node, staged.fd, place)
                 # The gate kept the node a lower one; names and parents are looked at only from here on.
                 self._finish(node, staged, metadata.st.st_nlink if indexed else None)
             except BaseException:
@@ -258,8 +262,9 @@ class CopyUp:
         staged = self._work.stage_file(0o600)
         try:
             length = self._resolver.stat(node).st_size if size is None else size
-            filling = partial(fill_data, staged.fd, source.open(self._fds), source, length, sync=self._work.syncs)
-            yield from self._run(filling, length, node, staged.fd)
+            data, check = source.open(self._fds), self._check(source.lower, source.name)
+            filling = partial(fill_data, staged.fd, data, source, length, check, sync=self._work.syncs)
+            yield from self._run(filling, length, node, staged.fd, source[:2])
             # Meanwhile its attributes may have changed, and its names.
             if not self._is_alone(node):
                 staged.abandon()
@@ -295,8 +300,9 @@ class CopyUp:
         form = self.keeping.form
         before = read_metadata(target.fd, form)
         length, sync = before.st.st_size, self._work.syncs
-        filling = partial(fill_data, target, source.open(self._fds), source, length, sync=sync)
-        yield from self._run(filling, length, node, target)
+        data, check = source.open(self._fds), self._check(source.lower, source.name)
+        filling = partial(fill_data, target, data, source, length, check, sync=sync)
+        yield from self._run(filling, length, node, target, source[:2])
         restore_privileges(target.fd, before, form)
         syscalls.utimens(target.fd, before.st.st_atime_ns, before.st.st_mtime_ns)
         for name in xattr_names(target.fd):
@@ -306,12 +312,24 @@ class CopyUp:
         self._fds.admit(state, target)
         state.writable = True
 
-    def _run(self, fill: Callable[[], int], size: int, node: Node, target: Fd) -> Op[None]:
-        if size <= (0 if self._work.syncs else _INLINE):
-            self._counters.copied_bytes += fill()
-        else:
-            with self._counters.working("copy-up", path_of(node), size, partial(_size, target)):
-                self._counters.copied_bytes += yield Blocking(fill)
+    def _check(self, lower: LowerDir, name: bytes) -> Check | None:
+        """What raises UnsoundError for a file that has not the data that `name` in `lower` must have."""
+        wanted = None if self._resolver.integrity is None else self._resolver.integrity.data(lower, name)
+        return None if wanted is None else partial(see, wanted)
+
+    def _run(
+        self, fill: Callable[[], int], size: int, node: Node, target: Fd, place: tuple[LowerDir, bytes]
+    ) -> Op[None]:
+        """Fill a file that nobody sees yet with the data that is at `place`."""
+        try:
+            if size <= (0 if self._work.syncs else _INLINE):
+                self._counters.copied_bytes += fill()
+            else:
+                with self._counters.working("copy-up", path_of(node), size, partial(_size, target)):
+                    self._counters.copied_bytes += yield Blocking(fill)
+        except UnsoundError:
+            assert self._resolver.integrity is not None
+            raise self._resolver.integrity.fail(*place, "data") from None
 
     def _finish(self, node: Node, staged: Staged, names: int | None) -> None:
         """Publish under the name that `node` has now; one that has none lives on in work.

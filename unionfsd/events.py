@@ -2,8 +2,8 @@
 
 Rules this file obeys:
 
-- Nothing is recorded until somebody asks, and nothing any more when nobody has asked for a while (`LINGER`): whoever
-  changes something looks at `recording` first, and that is all it costs then.
+- Nothing but alarms is recorded until somebody asks, and nothing any more when nobody has asked for a while (`LINGER`):
+  whoever changes something looks at `recording` first, and that is all it costs then.
 - An event is told after the change is there, and exactly once. Numbers have no gaps; what a reader missed it is told.
 - Everything runs in the thread of the union. Waking a reader is all that happens in it for readers.
 """
@@ -41,7 +41,8 @@ NOBODY: Final = Who(None, None)
 class Event(NamedTuple):
     """A change. `path` and `to` are from the root of the mount; `path` is None for a file without a name.
 
-    `to`: the new name of a rename, an exchange or a link. `fields`: what a change of attributes changes.
+    `to`: the new name of a rename, an exchange or a link. `fields`: what a change of attributes changes, or what of an
+    object of a lower is not as it must be ("corrupt", whose path is that in the layer).
     """
 
     number: int
@@ -94,6 +95,10 @@ class Events:
         wanted, self._wanted = self._wanted, []
         for wake in wanted:
             wake()
+
+    def alarm(self, kind: str, path: bytes | None, *, fields: tuple[str, ...] = ()) -> None:
+        """Keep an event that matters to who asks later, too, whether or not anything else is recorded."""
+        self._keep(kind, path, None, fields, self.who())
 
     def is_first_write(self, nodeid: int) -> bool:
         """Whether who is at work now has not written to the file before, as far as is remembered."""

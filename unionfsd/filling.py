@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
+from typing import TypeAlias
 
 from . import format as fmt
 from . import owners, syscalls, verity
@@ -18,6 +20,9 @@ from .entries import Source
 from .filecopy import copy_data, share_data
 from .metadata import Keeping, Metadata, apply_metadata
 from .syscalls import UTIME_NOW, Fd
+
+#: Raises UnsoundError for a file whose data is not what it must be; reads all of it.
+Check: TypeAlias = Callable[[Fd], None]
 
 
 def staging_mode(metadata: Metadata, keeping: Keeping) -> int:
@@ -32,6 +37,7 @@ def fill(
     metadata: Metadata,
     size: int | None,
     keeping: Keeping,
+    check: Check | None,
     *,
     sync: bool,
 ) -> int:
@@ -40,7 +46,7 @@ def fill(
     `elsewhere`: where `source` is, if that is not the object that `metadata` is of.
     """
     length = metadata.st.st_size if size is None else min(size, metadata.st.st_size)
-    copied, fresh = _give(target, source, elsewhere, length)
+    copied, fresh = _give(target, source, elsewhere, length, check)
     apply_metadata(target.fd, metadata, keeping)
     if size is not None:
         syscalls.utimens(target.fd, metadata.st.st_atime_ns, UTIME_NOW)
@@ -49,15 +55,15 @@ def fill(
     return copied
 
 
-def fill_data(target: Fd, source: Fd, where: Source, length: int, *, sync: bool) -> int:
+def fill_data(target: Fd, source: Fd, where: Source, length: int, check: Check | None, *, sync: bool) -> int:
     """Give `target` the first `length` bytes of `source`; returns the bytes copied. Runs in a thread."""
-    copied, fresh = _give(target, source, where, length)
+    copied, fresh = _give(target, source, where, length, check)
     if sync and fresh:
         syscalls.fsync(target.fd)
     return copied
 
 
-def _give(target: Fd, source: Fd, where: Source | None, length: int) -> tuple[int, bool]:
+def _give(target: Fd, source: Fd, where: Source | None, length: int, check: Check | None) -> tuple[int, bool]:
     """Give `target` the first `length` bytes of `source`, which is `where`, checked if they must be.
 
     Returns the bytes copied, and whether there is data that is not on disk.
@@ -67,13 +73,18 @@ def _give(target: Fd, source: Fd, where: Source | None, length: int) -> tuple[in
     if where is not None and where.digest is not None:
         verity.check(source, where.digest, where.path)
     st = os.fstat(source.fd)
+    if check is not None and length != st.st_size:
+        check(source)
     if length == st.st_size and share_data(source.fd, target.fd):
-        return 0, False
-    available = length if where is None else min(length, st.st_size)
-    copied = copy_data(source.fd, target.fd, available, st)
-    if available != length:
-        syscalls.truncate(target.fd, length)
-    return copied, True
+        copied, fresh = 0, False
+    else:
+        available = length if where is None else min(length, st.st_size)
+        copied, fresh = copy_data(source.fd, target.fd, available, st), True
+        if available != length:
+            syscalls.truncate(target.fd, length)
+    if check is not None and length == st.st_size:
+        check(target)  # the copy: what is checked is what is kept
+    return copied, fresh
 
 
 def restore_privileges(fd: int, before: Metadata, form: fmt.OverrideForm | None) -> None:

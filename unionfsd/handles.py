@@ -20,10 +20,11 @@ from . import protection, syscalls, verity
 from .copyup import CopyUp
 from .fdcache import FdCache
 from .guard import Guard
-from .inodes import DirNode, Node, NodeTable, OpenState
+from .inodes import DirNode, Node, NodeTable, OpenState, path_of
+from .integrity import same_state
 from .lookup import Resolver
 from .protection import APPEND, IMMUTABLE
-from .steps import Blocking, Op
+from .steps import Blocking, Gate, Op
 from .syscalls import Fd
 from .workdir import Workdir
 
@@ -51,6 +52,7 @@ class Handles:
         syncs: bool,
     ) -> None:
         self._resolver = resolver
+        self._verifies = resolver.integrity is not None
         self._table = table
         self._fds = fds
         self._copy_up = copy_up
@@ -91,15 +93,52 @@ class Handles:
         while state.fd is None:
             fd = self._open(node, state, write=False)
             data = node.entry.data
-            if data is None or data.digest is None:
+            if not self._is_sound(node, state, fd):
+                yield from self._vouch(node, state, fd)
+            elif data is None or data.digest is None:
                 self._admit(state, fd)
                 return fd
-            yield Blocking(partial(verity.check, fd, data.digest, data.path))
-            # Meanwhile it may have been copied up; if not, it need not be checked again.
-            if node.entry.data is data:
-                node.entry = node.entry.with_data(data._replace(digest=None))
+            else:
+                yield Blocking(partial(verity.check, fd, data.digest, data.path))
+                # Meanwhile it may have been copied up; if not, it need not be checked again.
+                if node.entry.data is data:
+                    node.entry = node.entry.with_data(data._replace(digest=None))
         state.hot += 1
         return state.fd
+
+    def _is_sound(self, node: Node, state: OpenState, fd: Fd) -> bool:
+        """Whether the file `fd`, which has the data of `node`, need not be looked through any more."""
+        if not self._verifies or (node.entry.upper and node.entry.data is None):
+            return True
+        return state.sound is not None and state.sound == same_state(fd)
+
+    def _doubts(self, node: Node, state: OpenState, fd: Fd) -> bool:
+        """Whether a file that was looked through has changed since: then it is given up."""
+        if self._is_sound(node, state, fd):
+            return False
+        self._fds.forget(state)
+        return True
+
+    def _vouch(self, node: Node, state: OpenState, fd: Fd) -> Op[None]:
+        """See that `fd`, which has the data of `node` in a lower, has the data it must have. EIO."""
+        checks, data = self._resolver.integrity, node.entry.data
+        assert checks is not None
+        if state.checking is not None:
+            yield state.checking
+            return
+        place = (node.entry.lowers[0], node.entry.name or node.name) if data is None else (data.lower, data.name)
+        seen = same_state(fd)
+        wanted = checks.data(*place)
+        if wanted is not None:
+            gate = state.checking = Gate()
+            try:
+                sound = yield from checks.look_through(fd, wanted, path_of(node))
+            finally:
+                state.checking = None
+                gate.open()
+            if not sound:
+                raise checks.fail(*place, "data")
+        state.sound = seen
 
     def _admit(self, state: OpenState, fd: Fd, *, writable: bool = False) -> None:
         self._fds.admit(state, fd)
@@ -150,7 +189,7 @@ class Handles:
     def readinto(self, node: Node, buffer: memoryview, offset: int) -> Op[int]:
         """Fill `buffer` from byte `offset`; returns the bytes read, fewer only at the end of the file."""
         state = node.open
-        if state is None or state.fd is None:
+        if state is None or state.fd is None or (self._verifies and self._doubts(node, state, state.fd)):
             fd = yield from self._readable(node)
         else:
             state.hot = True
@@ -250,7 +289,10 @@ class Handles:
             if self._copy_up is not None:
                 return None
             if state.fd is None:
-                self._admit(state, self._open(node, state, write=False))
+                fd = self._open(node, state, write=False)
+                if not self._is_sound(node, state, fd):
+                    return None
+                self._admit(state, fd)
         elif state.fd is None or not state.writable:
             state.append = bool(self._guard.of(node) & APPEND)
             fd = self._open(node, state, write=True)

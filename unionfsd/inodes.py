@@ -67,10 +67,21 @@ class OpenState(Holder):
     `append`: it may be written at its end only. `kept`: it has no name in the union any more, but one in work, by which
     a successor finds it. `orphan`: O_PATH fd of an upper object without a name that is not kept. `gate`: its copy-up is
     under way until it opens. `arriving`: writes from the kernel's cache that are under way; `mtime_ns`: what they must
-    not change.
+    not change. `checking`: its data is looked through until it opens; `sound`: the state it had then.
     """
 
-    __slots__ = ("append", "arriving", "gate", "kept", "mtime_ns", "opens", "orphan", "writable")
+    __slots__ = (
+        "append",
+        "arriving",
+        "checking",
+        "gate",
+        "kept",
+        "mtime_ns",
+        "opens",
+        "orphan",
+        "sound",
+        "writable",
+    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,6 +91,8 @@ class OpenState(Holder):
         self.kept = False
         self.orphan: Fd | None = None
         self.gate: Gate | None = None
+        self.checking: Gate | None = None
+        self.sound: tuple[int, int, int] | None = None
         self.arriving = 0
         self.mtime_ns = 0
 

@@ -31,6 +31,7 @@ from .entries import UPPER, Entry, Source
 from .fdcache import FdCache
 from .index import Index
 from .inodes import DirNode, Node
+from .integrity import Integrity
 from .layers import DataMarks, LayerStack, LowerDir, exists, optional_xattr, read_data_marks, read_marks
 from .listing import DT_DIR, DT_REG, DT_UNKNOWN, Listing, LowerNames, UpperNames, merge, read_lowers, read_upper
 from .options import Verity
@@ -73,6 +74,8 @@ class Resolver:
         self.index: Index | None = None
         #: The directory where objects without a name are kept, if anywhere.
         self.kept_in = -1
+        #: Set where lowers are checked against what they must hold.
+        self.integrity: Integrity | None = None
         self.follow_redirects = follow_redirects
         self.metacopy = metacopy
         self.verity = verity
@@ -91,6 +94,8 @@ class Resolver:
         upper = self.stack.upper
         opaque = upper is not None and read_marks(upper.root.fd).opaque
         roots = () if opaque else tuple(layer.root_dir for layer in self.stack.lowers)
+        if self.integrity is not None:
+            self.integrity.directories(roots)
         opaque_at = (depth for depth, root in enumerate(roots[:-1], 1) if root.marks(self.fds).opaque)
         self._roots = roots[: next(opaque_at, len(roots))]
         st = os.fstat(self.stack.top.root.fd)
@@ -220,19 +225,7 @@ class Resolver:
                 return self._data_below(dirs[index + 1 :], self._roots_below(lower), name, marks.redirect)
             if exists(dirfd, fmt.wh_name(name)):
                 return None
-        return self._in_data_layers(redirect.names) if redirect is not None and redirect.absolute else None
-
-    def _in_data_layers(self, names: tuple[bytes, ...]) -> tuple[LowerDir, bytes] | None:
-        for layer in self.stack.data:
-            at = layer.root_dir
-            for name in names[:-1]:
-                at = at.child(name)
-            try:
-                st = syscalls.stat_at(at.open(self.fds), names[-1])
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            return (at, names[-1]) if stat.S_ISREG(st.st_mode) else None
-        return None
+        return None if redirect is None or not redirect.absolute else self.stack.find_data(redirect.names, self.fds)
 
     # What names are.
 
@@ -250,7 +243,19 @@ class Resolver:
                 return self._upper_hit(parent, dirfd, name, st, known)
             if not entry.lowers or name in self.hidden(parent):
                 return None
-        return self.find_lower(parent, name)
+        return self._checked(parent, name, self.find_lower(parent, name))
+
+    def _checked(self, parent: DirNode, name: bytes, hit: Hit | None) -> Hit | None:
+        """What the lowers of `parent` say of `name`; EIO where they are checked, and are not what they must be."""
+        if self.integrity is not None:
+            found = () if hit is None else hit.entry.lowers
+            if parent.lower_names is None:
+                self.integrity.resolved(parent.entry.lowers, name, found)
+            if hit is not None and stat.S_ISDIR(hit.st.st_mode):
+                self.integrity.directories(found)
+            elif hit is not None and hit.entry.index is None:
+                self.integrity.leaf(found[0], name)
+        return hit
 
     def _upper_hit(
         self, parent: DirNode, dirfd: int, name: bytes, st: os.stat_result, known: Node | None
@@ -279,8 +284,10 @@ class Resolver:
             return UPPER
         if marks.redirect is not None:
             lowers = self._follow(parent.entry.lowers, self._roots, marks.redirect)
+            if self.integrity is not None:
+                self.integrity.directories(lowers)
             return Entry(True, lowers, marks.redirect)
-        found = self.find_lower(parent, name) if parent.entry.lowers else None
+        found = self._checked(parent, name, self.find_lower(parent, name)) if parent.entry.lowers else None
         return UPPER if found is None or not stat.S_ISDIR(found.st.st_mode) else Entry(True, found.entry.lowers)
 
     def _follow(
@@ -372,10 +379,8 @@ class Resolver:
         return Hit(Entry(False, tuple(lowers)), st, self.stack.ino(st))
 
     def _roots_below(self, lower: LowerDir) -> tuple[LowerDir, ...]:
-        for index, root in enumerate(self._roots):
-            if root.layer is lower.layer:
-                return self._roots[index + 1 :]
-        return ()
+        layers = [root.layer for root in self._roots]
+        return self._roots[layers.index(lower.layer) + 1 :] if lower.layer in layers else ()
 
     def _probe_lowers(self, lowers: tuple[LowerDir, ...], name: bytes) -> Hit | None:
         """`find_lower` by asking each layer."""
@@ -413,7 +418,7 @@ class Resolver:
                 values = (optional_xattr(fd.fd, attr) for attr in fmt.ORIGIN_NAMES)
                 origin = next((fmt.decode_origin(value) for value in values if value), None)
             if origin is not None:
-                was = self._origin_at(parent, name, origin) or self._origin_by_handle(origin)
+                was = self._origin_at(parent, name, origin) or self.stack.find_origin(origin)
                 if was is not None and (was.st_nlink == 1 or indexed) and not stat.S_IFMT(was.st_mode ^ st.st_mode):
                     return self.stack.ino(was)
         return self.stack.ino(st)
@@ -431,15 +436,6 @@ class Resolver:
             return None
         return below.st if below.entry.index is None else syscalls.stat_at(below.entry.lowers[0].open(self.fds), name)
 
-    def _origin_by_handle(self, origin: fmt.Origin) -> os.stat_result | None:
-        """The object that `origin` means, wherever in a lower; None without CAP_DAC_READ_SEARCH, or when it is gone."""
-        for layer in self.stack.lowers:
-            if layer.uuid == origin.uuid:
-                st = layer.stat_handle(origin.kind, origin.handle)
-                if st is not None:
-                    return st
-        return None
-
     def impure(self, node: DirNode) -> bool:
         """Whether the upper directory of `node` says that it holds copied-up objects."""
         if node.impure is None:
@@ -455,6 +451,10 @@ class Resolver:
             return node.lower_names
         if not node.entry.lowers or not (read or (may_read and self._pays(node))):
             return None
+        if self.integrity is not None and not all(map(self.integrity.names, node.entry.lowers)):
+            if read:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return None  # each is looked up by itself, and checked
         names = read_lowers(node.entry.lowers, self.stack, self.fds)
         node.lower_names = names
         self.kept.keep(node)

@@ -29,6 +29,8 @@ class Statistics(NamedTuple):
     """Bytes of file data copied up."""
     skipped_marks: int
     """Best-effort steps of copy-ups that failed: an origin or impure mark, or putting the parent's times back."""
+    corrupt: int
+    """Times that something of a lower was not what it must be, and was refused."""
 
 
 class Holdings(NamedTuple):
@@ -137,6 +139,7 @@ class Counters:
     __slots__ = (
         "copied_bytes",
         "copy_ups",
+        "corrupt",
         "errors",
         "faults",
         "operations",
@@ -153,6 +156,7 @@ class Counters:
         self.copy_ups = 0
         self.copied_bytes = 0
         self.skipped_marks = 0
+        self.corrupt = 0
         self.operations = Operations()
         self.work: dict[int, Work] = {}
         self.samples: Samples | None = None
@@ -182,4 +186,5 @@ class Counters:
             copy_ups=self.copy_ups,
             copied_bytes=self.copied_bytes,
             skipped_marks=self.skipped_marks,
+            corrupt=self.corrupt,
         )

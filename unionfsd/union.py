@@ -31,13 +31,15 @@ from .handles import Handles
 from .heir import Heir, Inheritance
 from .index import Index, open_index
 from .inodes import ROOT_ID, DirNode, Node, NodeTable, child, path_of, path_to
-from .layers import LayerStack, open_stack
+from .integrity import integrity
+from .layers import LayerStack
 from .ledger import Ledger
 from .listing import Dirent
 from .lookup import Hit, Resolver
 from .metadata import Keeping
 from .metrics import Counters, Holdings, Statistics
 from .mutations import Caller, Mutations
+from .opening import open_stack
 from .options import MountConfig
 from .owners import Owners, StatLike, keep_owners
 from .places import Places, fail
@@ -78,6 +80,7 @@ class Union:
         self._resolver = Resolver(stack, self._fds, **config.rules)
         self._resolver.index = self._index = index
         self._resolver.kept_in = -1 if work is None else work.fd
+        self._resolver.integrity = integrity(stack, self._fds, self.counters, self.events)
         root = self._resolver.root()
         self._readers = Readers(self._resolver)
         self._table = NodeTable(root.entry, root.ino, self._fds, self._dropped, ledger, work.let_go if work else None)

@@ -150,6 +150,36 @@ def test_podmans_store_is_mounted_in_place(built: Built, image: Any, disk: Path)
     assert fingerprint(storage / "overlay-images") == before
 
 
+def test_a_changed_byte_is_told_and_never_read(built: Built, image: Any, disk: Path) -> None:
+    image("import", built.root / "oci", "--name", "app")
+    image("create", "app", "--name", "work")
+    log = disk / "log"
+    where = Path(image("start", "work", "--verify", "-o", f"log={log}").strip())
+    try:
+        with built.mounted() as theirs:
+            assert view(where) == view(theirs)
+        (changed,) = (disk / "store" / "layers").glob("*/diff/data/moved/new")
+        st = changed.stat()
+        changed.write_bytes(b"NEW\n")
+        os.utime(changed, ns=(st.st_atime_ns, st.st_mtime_ns))
+        assert (where / "data" / "moved" / "new").read_bytes() == b"new\n"  # as the kernel has it since
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+        for meet in (Path.read_bytes, lambda path: os.truncate(path, 2)):
+            with pytest.raises(OSError, match="Input/output error"):
+                meet(where / "data" / "moved" / "new")
+        assert (where / "data" / "linked").read_text() == "one\nmore\n"
+        events = run(sys.executable, "-m", "unionfsd.ctl", "events", where, "--json").splitlines()
+        (told,) = (event for event in map(json.loads, events) if event["kind"] == "corrupt")
+        assert (told["path"], told["fields"]) == ("/data/moved/new", ["data"])
+        stats = json.loads(run(sys.executable, "-m", "unionfsd.ctl", "stats", where, "--json"))
+        assert stats["counters"]["corrupt"] >= 1
+    finally:
+        image("umount", "work")
+    assert "not what the layer must hold: data" in log.read_text()
+    assert "data/moved/new" in image("verify", code=1) + log.read_text()
+    assert list((disk / "store" / "containers" / "work" / "upper").rglob("new")) == []
+
+
 def test_what_is_mounted_is_not_collected(built: Built, image: Any, disk: Path) -> None:
     digest = image("import", built.root / "docker-archive", "--quiet").strip()
     (disk / "point").mkdir()

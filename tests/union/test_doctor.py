@@ -17,7 +17,7 @@ from tests.union.trees import Obj, Tree, Whiteout, diff, directory, regular, sna
 from unionfsd import convert as converting
 from unionfsd.ctl.main import main
 from unionfsd.doctor import examine
-from unionfsd.layers import open_idle
+from unionfsd.opening import open_idle
 
 LOWER = directory(
     {

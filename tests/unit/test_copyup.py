@@ -25,10 +25,10 @@ from unionfsd.copyup import CopyUp
 from unionfsd.fdcache import FdCache
 from unionfsd.filecopy import copy_data, share_data
 from unionfsd.inodes import DirNode, Node, NodeTable, child
-from unionfsd.layers import open_stack
 from unionfsd.lookup import Resolver
 from unionfsd.metadata import Keeping, Metadata, apply_metadata, read_metadata
 from unionfsd.metrics import Counters
+from unionfsd.opening import open_stack
 from unionfsd.options import MountConfig
 from unionfsd.owners import Owners
 from unionfsd.steps import Blocking, Gate, Op

@@ -22,7 +22,8 @@ from unionfsd import errors, syscalls
 from unionfsd import format as fmt
 from unionfsd.errors import UserError
 from unionfsd.fdcache import FdCache
-from unionfsd.layers import Layer, LayerStack, LowerDir, open_stack, read_marks
+from unionfsd.layers import Layer, LayerStack, LowerDir, read_marks
+from unionfsd.opening import open_stack
 from unionfsd.options import MountConfig
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.union.stack import stacked
 from tests.union.trees import Obj, Whiteout, build, directory, merged, regular, symlink
 from unionfsd.fdcache import FdCache
-from unionfsd.layers import LayerStack, open_stack
+from unionfsd.layers import LayerStack
 from unionfsd.listing import (
     DT_CHR,
     DT_DIR,
@@ -30,6 +30,7 @@ from unionfsd.listing import (
     read_lowers,
     read_upper,
 )
+from unionfsd.opening import open_stack
 from unionfsd.options import MountConfig
 
 names = st.binary(min_size=1, max_size=4).filter(lambda name: name not in (b".", b".."))

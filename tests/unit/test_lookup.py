@@ -22,9 +22,9 @@ from unionfsd import lookup, syscalls
 from unionfsd.entries import UPPER
 from unionfsd.fdcache import FdCache
 from unionfsd.inodes import DirNode, Node, NodeTable
-from unionfsd.layers import open_stack
 from unionfsd.listing import LowerNames
 from unionfsd.lookup import Hit, Resolver
+from unionfsd.opening import open_stack
 from unionfsd.options import MountConfig
 
 #: Few, so that layers collide. The last two are what hides the first two.

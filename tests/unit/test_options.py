@@ -14,7 +14,8 @@ from unionfsd import syscalls
 from unionfsd.errors import USAGE, UserError
 from unionfsd.options import MountConfig, parse
 from unionfsd.options.__main__ import MARK, renewed, tables
-from unionfsd.options.table import GROUPS, OPTIONS, Later, Nothing, Option, Refused, Security, Value, Word
+from unionfsd.options.effects import Later, Nothing, Option, Refused, Security, Value, Word
+from unionfsd.options.table import GROUPS, OPTIONS
 from unionfsd.options.text import split, split_options, unescape
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "options.md"

@@ -19,7 +19,7 @@ from unionfsd import errors, intent, syscalls
 from unionfsd import format as fmt
 from unionfsd.abilities import Abilities, WhiteoutForm
 from unionfsd.errors import UserError
-from unionfsd.layers import open_stack
+from unionfsd.opening import open_stack
 from unionfsd.options import MountConfig
 from unionfsd.removal import remove_tree
 from unionfsd.workdir import Staged, Workdir, open_workdir

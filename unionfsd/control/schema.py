@@ -91,7 +91,7 @@ _OPERATION: Final = record(
 
 EVENTS: Final = (
     *("start", "copy-up", "create", "mkdir", "mknod", "symlink", "link", "unlink", "rmdir", "rename", "exchange"),
-    *("write", "setattr", "setxattr", "removexattr"),
+    *("write", "setattr", "setxattr", "removexattr", "corrupt"),
 )
 _EVENT: Final = record(
     "Event",

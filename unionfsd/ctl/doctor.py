@@ -20,7 +20,7 @@ NEGATIVE = 1
 
 def doctor(given: argparse.Namespace) -> int:
     """Print what was found, or how the upper is, or would be, converted."""
-    from unionfsd.layers import open_idle
+    from unionfsd.opening import open_idle
 
     if given.apply and not given.convert_to:
         raise UserError("--apply is for --convert-to FORM")

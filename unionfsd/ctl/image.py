@@ -50,6 +50,11 @@ _TIMESTAMP: Final = Argument(
 )
 _POLICY: Final = Argument("--policy", "a file of rules (default: policy.toml of the store)", {"default": None})
 _PLAIN: Final = Argument("--plain-http", "without TLS also to other machines", {"action": "store_true"})
+_VERIFY: Final = Argument(
+    "--verify",
+    "check every object and all data when it is first used: EIO for what was changed",
+    {"action": "store_true"},
+)
 _CONTAINER: Final = Argument("container", "its name", {})
 
 VERBS: Final[tuple[Verb, ...]] = (
@@ -114,7 +119,7 @@ VERBS: Final[tuple[Verb, ...]] = (
     Verb(
         "mount",
         "mount an image read-only, one of podman's or Docker's in place: containers-storage:[DIR@]NAME",
-        (_IMAGE, Argument("mountpoint", "where", {}), _OPTIONS, _POLICY),
+        (_IMAGE, Argument("mountpoint", "where", {}), _VERIFY, _OPTIONS, _POLICY),
         "image_run",
     ),
     Verb(
@@ -135,6 +140,7 @@ VERBS: Final[tuple[Verb, ...]] = (
         (
             _CONTAINER,
             Argument("mountpoint", "where (default: in the store)", {"nargs": "?", "default": None}),
+            _VERIFY,
             _OPTIONS,
             _POLICY,
         ),
@@ -152,6 +158,7 @@ VERBS: Final[tuple[Verb, ...]] = (
             Argument("--workdir", "the directory to run it in", {"default": None}),
             Argument("--user", "USER[:GROUP]", {"default": None}),
             Argument("--no-entrypoint", "leave out the image's entrypoint", {"action": "store_true"}),
+            _VERIFY,
             _OPTIONS,
             _POLICY,
             _IMAGE,

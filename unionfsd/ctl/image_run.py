@@ -24,13 +24,27 @@ def mount_(given: argparse.Namespace) -> int:
     if place is not None and place.transport == "containers-storage":
         from unionfsd.images import engines
 
+        if given.verify:
+            raise UserError(
+                "--verify: another engine's layers have no record to check them by", hint="import the image first"
+            )
         containers.mount_directories(engines.find(place.where).diffs, given.mountpoint, given.options)
         return OK
     store = store_of(given)
     image = store.image(given.image)
     _allow(store, image, given)
-    containers.mount_image(store, image, given.mountpoint, given.options)
+    containers.mount_image(store, image, given.mountpoint, _options(store, image, given))
     return OK
+
+
+def _options(store: Store, image: Image, given: argparse.Namespace) -> list[str]:
+    """The mount options given, and what ``--verify`` means."""
+    options: list[str] = given.options
+    if not given.verify:
+        return options
+    from unionfsd.images import checked
+
+    return [checked.option(store, image), *options]
 
 
 def _allow(store: Store, image: Image, given: argparse.Namespace) -> None:
@@ -87,8 +101,10 @@ def _facts(container: containers.Container) -> dict[str, Any]:
 def start_(given: argparse.Namespace) -> int:
     store = store_of(given)
     container = containers.find(store, given.container)
-    _allow(store, store.image(container.image), given)
-    where = containers.mount(store, container, given.options, given.mountpoint)
+    image = store.image(container.image)
+    containers.same_layers(container, image.config.chain_ids)
+    _allow(store, image, given)
+    where = containers.mount(store, container, _options(store, image, given), given.mountpoint)
     return out(given, {"mountpoint": where}, lambda value: str(value["mountpoint"]))
 
 
@@ -147,8 +163,9 @@ def run_(given: argparse.Namespace) -> int:
     container = containers.find(store, name) if existing else containers.create(store, image, name)
     if container.image != image.digest:
         raise UserError(f"{name}: a container of another image, {container.image_name}")
+    containers.same_layers(container, image.config.chain_ids)
     try:
-        options = [*given.options, *([] if name else ["volatile"])]
+        options = [*_options(store, image, given), *([] if name else ["volatile"])]
         root = containers.mount(store, container, options)
         try:
             return _run_in(image, root, container, given)

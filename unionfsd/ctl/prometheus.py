@@ -37,6 +37,7 @@ _COUNTERS: Final = {
     "copy_ups": "Objects copied up.",
     "copied_bytes": "Bytes of file data copied up.",
     "skipped_marks": "Best-effort steps of copy-ups that failed.",
+    "corrupt": "Times that something of a lower was not what it must be, and was refused.",
 }
 
 

@@ -28,6 +28,7 @@ _EVENT_STYLES: Final = {
     **dict.fromkeys(("create", "mkdir", "mknod", "symlink", "link"), "green"),
     **dict.fromkeys(("rename", "exchange", "setattr", "setxattr", "removexattr", "write"), "yellow"),
     "copy-up": "cyan",
+    "corrupt": "bold red",
 }
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from unionfsd.errors import UserError
+from unionfsd.images import checked, documents, pushing, trust
 from unionfsd.images import digest as digests
-from unionfsd.images import documents, pushing, trust
 from unionfsd.images.policy import Policy
 from unionfsd.images.registry import Remote
 from unionfsd.images.sources import Resolved, Source
@@ -50,7 +49,4 @@ def admit(store: Store, source: Source, names: Sequence[str], policy: Policy) ->
 def check(store: Store, image: Image, policy: Policy) -> None:
     """UserError unless `policy` allows an image of the store, and its layers are those its configuration names."""
     policy.check(image.names, image.digest, trust.kept(store, image.digest))
-    for chain, diff_id in zip(image.config.chain_ids, image.config.diff_ids, strict=True):
-        layer = store.layer(chain)
-        if layer is None or layer.facts.get("diff_id") != diff_id:
-            raise UserError(f"{chain}: the layer in the store is not that of the image", hint="import the image again")
+    checked.layers(store, image)

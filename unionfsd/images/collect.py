@@ -131,6 +131,8 @@ def verify_layer(store: Store, chain: str) -> Iterator[Damage]:
         with store.open_diff(chain) as root, _private(root) as seen:
             for difference in tree.compare(layering.read_manifest(store, chain), tree.lines(seen)):
                 yield Damage(chain, difference.path, difference.what)
+            if not layering.index_holds(store, chain):
+                yield Damage(chain, "", "the index of its tree is not what it was")
     except UserError as error:
         yield Damage(chain, "", error.message)
 

@@ -101,6 +101,14 @@ def find(store: Store, name: str) -> Container:
     return Container(name, facts["image"], facts["image_name"], tuple(facts["layers"]), directory)
 
 
+def same_layers(container: Container, chains: Sequence[str]) -> None:
+    """UserError unless a container has the layers of its image."""
+    if container.layers != tuple(chains):
+        raise UserError(
+            f"{container.name}: its layers are not those of its image", hint="container.json was changed: make another"
+        )
+
+
 def every(store: Store) -> Iterator[Container]:
     """All containers."""
     for name in beneath.names(store.containers.fd):

@@ -7,6 +7,8 @@ directories look that it only implies, depends on the layers below it.
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,12 +22,15 @@ from unionfsd.images.below import Below
 from unionfsd.images.compress import BrokenOffError, Readable, Verified
 from unionfsd.images.documents import Descriptor
 from unionfsd.images.events import Events
-from unionfsd.images.store import Incoming, Stage, Store
+from unionfsd.images.store import Incoming, Layer, Stage, Store
 from unionfsd.images.tarread import Limits, TarReader
 from unionfsd.images.unpack import Unpacker
 from unionfsd.syscalls import Fd
 
 _MANIFEST: Final = b"tree.zst"
+INDEX: Final = b"tree.index"
+_BATCH: Final = 1000
+_MAX_INDEX: Final = 1 << 30
 _ZSTD_LEVEL: Final = 3
 
 
@@ -198,13 +203,14 @@ class Layering:
         with fetched.stage as stage:
             fetched.unpacker.finish(Below([self._store.open_diff(chain) for chain in reversed(parents)]))
             with syscalls.open_dir(stage.fd.fd, b"layer") as layer:
-                manifest = write_manifest(layer, fetched.diff, fetched.unpacker.digests)
+                written = write_manifest(layer, fetched.diff, fetched.unpacker.digests)
                 facts = {
                     "chain": wanted.chain,
                     "diff_id": wanted.diff_id,
                     "parent": wanted.parent,
                     "size": fetched.unpacker.size,
-                    "tree": manifest,
+                    "tree": written.tree_digest,
+                    "index": written.index_digest,
                     "notes": dict(fetched.unpacker.notes),
                 }
                 beneath.write_file(layer.fd, b"link", store.link_name(wanted.chain).encode())
@@ -249,29 +255,80 @@ class _Iterated:
         return next(filter(None, self._pieces), b"")
 
 
-def write_manifest(layer: Fd, diff: Fd, known: dict[int, bytes] | None) -> str:
-    """Write the tree manifest of `diff` into the directory `layer`; returns its digest, before compression."""
+class Written(NamedTuple):
+    """What says of a layer what it must hold: digests of the tree manifest, before compression, and of its index."""
+
+    tree_digest: str
+    index_digest: str
+
+
+def write_manifest(layer: Fd, diff: Fd, known: dict[int, bytes] | None) -> Written:
+    """Write the tree manifest of `diff`, and its index, into the directory `layer`."""
     import zstandard
 
     made = hashlib.sha256()
     compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compressobj()
+    indexer = tree.Indexer()
     with syscalls.create_at(layer.fd, _MANIFEST, 0o644) as fd:
         at = 0
-        for batch in _batches(tree.lines(diff, known)):
-            made.update(batch)
-            at += syscalls.pwrite(fd.fd, compressor.compress(batch), at)
-        syscalls.pwrite(fd.fd, compressor.flush(), at)
+        found = _indexed(tree.entries(diff, known), indexer)
+        while data := b"".join(itertools.islice(found, _BATCH)):
+            made.update(data)
+            at = _put(fd, compressor.compress(data), at)
+        _put(fd, compressor.flush(), at)
+    return Written(f"sha256:{made.hexdigest()}", _write_index(layer, indexer))
+
+
+def _indexed(entries: Iterator[tree.Entry], indexer: tree.Indexer) -> Iterator[bytes]:
+    for entry in entries:
+        indexer.add(entry)
+        yield tree.line(entry)
+
+
+def _write_index(layer: Fd, indexer: tree.Indexer) -> str:
+    """Returns its digest."""
+    made = hashlib.sha256()
+    with syscalls.create_at(layer.fd, INDEX, 0o644) as fd:
+        at = 0
+        for piece in indexer.pieces():
+            made.update(piece)
+            at = _put(fd, piece, at)
     return f"sha256:{made.hexdigest()}"
 
 
-def _batches(lines: Iterator[bytes]) -> Iterator[bytes]:
-    batch: list[bytes] = []
-    for line in lines:
-        batch.append(line)
-        if len(batch) == 1000:
-            yield b"".join(batch)
-            batch.clear()
-    yield b"".join(batch)
+def _put(fd: Fd, data: bytes, at: int) -> int:
+    """Write all of `data` at `at`; returns where it ends."""
+    view = memoryview(data)
+    while view:
+        count = syscalls.pwrite(fd.fd, view, at)
+        view, at = view[count:], at + count
+    return at
+
+
+def index_holds(into: Store, chain: str) -> bool:
+    """Whether the index of a layer, if it has one, is as it was made."""
+    found = into.layer(chain)
+    if found is None or found.facts.get("index") is None:
+        return True
+    try:
+        with into.hold_layer(chain) as made:
+            return digests.matches(found.facts["index"], beneath.read_file(made.fd, INDEX, _MAX_INDEX))
+    except OSError:
+        return False
+
+
+def add_index(into: Store, layer: Layer) -> str:
+    """Give a layer that was made without one its index; returns its digest."""
+    indexer = tree.Indexer()
+    for line in read_manifest(into, layer.chain):
+        indexer.add(json.loads(line))
+    with into.make(b"index-" + store.layer_name(layer.chain)) as stage, into.hold_layer(layer.chain) as made:
+        beneath.remove(stage.fd.fd, INDEX)
+        digest = _write_index(stage.fd, indexer)
+        syscalls.syncfs(stage.fd.fd)
+        syscalls.renameat2(stage.fd.fd, INDEX, made.fd, INDEX)
+        beneath.replace_file(made.fd, b"layer.json", documents.dump({**layer.facts, "index": digest}))
+    return digest
 
 
 def read_manifest(into: Store, chain: str) -> Iterator[bytes]:

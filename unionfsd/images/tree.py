@@ -17,8 +17,10 @@ import stat
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
-from unionfsd import syscalls
+from unionfsd import format as fmt
+from unionfsd import syscalls, treeindex
 from unionfsd.images import beneath
+from unionfsd.listing import DT_UNKNOWN, dt_type
 from unionfsd.syscalls import Fd
 
 _TYPES: Final = {
@@ -30,6 +32,11 @@ _TYPES: Final = {
     stat.S_IFIFO: "fifo",
     stat.S_IFSOCK: "socket",
 }
+_MODES: Final = {name: kind for kind, name in _TYPES.items()}
+
+
+Entry = dict[str, Any]
+"""A line of a manifest."""
 
 
 class Difference(NamedTuple):
@@ -39,17 +46,26 @@ class Difference(NamedTuple):
     what: str
 
 
-def lines(root: Fd, digests: Mapping[int, bytes] | None = None) -> Iterator[bytes]:
-    """The manifest of the tree `root`. `digests` are of files by inode number; files not in it are read."""
-    yield _line("", root, os.fstat(root.fd), digests)
+def lines(root: Fd) -> Iterator[bytes]:
+    """The manifest of the tree `root`, whose files are all read."""
+    return map(line, entries(root))
+
+
+def line(entry: Entry) -> bytes:
+    return json.dumps(entry, separators=(",", ":")).encode() + b"\n"
+
+
+def entries(root: Fd, digests: Mapping[int, bytes] | None = None) -> Iterator[Entry]:
+    """The same as objects. `digests` are of files by inode number; files not in it are read."""
+    yield _entry("", root, os.fstat(root.fd), digests)
     for path, directory, name, st in beneath.walk(root):
         with syscalls.open_object(directory.fd, name) as fd:
-            yield _line(os.fsdecode(b"/".join(path)), fd, st, digests)
+            yield _entry(os.fsdecode(b"/".join(path)), fd, st, digests)
 
 
-def _line(path: str, fd: Fd, st: os.stat_result, digests: Mapping[int, bytes] | None) -> bytes:
+def _entry(path: str, fd: Fd, st: os.stat_result, digests: Mapping[int, bytes] | None) -> Entry:
     kind = stat.S_IFMT(st.st_mode)
-    entry: dict[str, Any] = {
+    entry: Entry = {
         "path": path,
         "type": _TYPES[kind],
         "mode": f"{stat.S_IMODE(st.st_mode):04o}",
@@ -67,7 +83,7 @@ def _line(path: str, fd: Fd, st: os.stat_result, digests: Mapping[int, bytes] | 
     names = syscalls.listxattr(fd.fd)
     if names:
         entry["xattrs"] = {os.fsdecode(name): syscalls.getxattr(fd.fd, name).hex() for name in sorted(names)}
-    return json.dumps(entry, separators=(",", ":")).encode() + b"\n"
+    return entry
 
 
 def _content(fd: Fd) -> bytes:
@@ -104,3 +120,62 @@ def _entries(manifest: Iterator[bytes]) -> Iterator[tuple[tuple[bytes, ...], dic
         entry = json.loads(line)
         path = os.fsencode(entry["path"])
         yield (tuple(path.split(b"/")) if path else ()), entry
+
+
+class Indexer:
+    """Makes an index, which a mount checks objects with (`treeindex`), of a manifest's lines in their order."""
+
+    def __init__(self) -> None:
+        self._writer = treeindex.Writer()
+        self._open: list[tuple[bytes, bytes, treeindex.Children]] = []
+
+    def add(self, entry: Entry) -> None:
+        path = os.fsencode(entry["path"])
+        kind, xattrs = _MODES[entry["type"]], _xattrs(entry)
+        described = _described(entry, kind, xattrs)
+        if path:
+            parent, _, name = path.rpartition(b"/")
+            while self._open[-1][0] != parent:
+                self._close()
+            self._open[-1][2].add(name, _child(entry, name, kind, xattrs))
+        if kind == stat.S_IFDIR:
+            self._open.append((path, described, treeindex.Children()))
+        else:
+            content = bytes.fromhex(entry["sha256"]) if kind == stat.S_IFREG else treeindex.NO_CONTENT
+            self._writer.add(path, treeindex.Record(described, content))
+
+    def _close(self) -> None:
+        path, described, children = self._open.pop()
+        self._writer.add(path, treeindex.Record(described, children.digest()))
+
+    def pieces(self) -> Iterator[bytes]:
+        """The index; nothing can be added any more."""
+        while self._open:
+            self._close()
+        return self._writer.pieces()
+
+
+def _xattrs(entry: Entry) -> dict[bytes, bytes]:
+    return {os.fsencode(name): bytes.fromhex(value) for name, value in entry.get("xattrs", {}).items()}
+
+
+def _described(entry: Entry, kind: int, xattrs: dict[bytes, bytes]) -> bytes:
+    major, _, minor = entry.get("device", "0:0").partition(":")
+    return treeindex.metadata(
+        kind | int(entry["mode"], 8),
+        entry["uid"],
+        entry["gid"],
+        entry.get("size", 0),
+        entry["mtime"],
+        os.makedev(int(major), int(minor)),
+        os.fsencode(entry.get("target", "")),
+        xattrs,
+    )
+
+
+def _child(entry: Entry, name: bytes, kind: int, xattrs: dict[bytes, bytes]) -> int:
+    """What the directory it is in says of an object."""
+    marked = not entry.get("size") and not xattrs.keys().isdisjoint(fmt.WHITEOUT_NAMES)
+    if entry.get("device") == "0:0" if kind != stat.S_IFREG else marked:
+        return treeindex.WHITEOUT
+    return DT_UNKNOWN if fmt.is_reserved(name) else dt_type(kind)

@@ -15,8 +15,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Final, Literal, NamedTuple, TypedDict
 
 from unionfsd.errors import UserError, one_line
-from unionfsd.options.table import FOREVER, OPTIONS, Draft, Nothing, Option, Refused, Security
-from unionfsd.options.text import split_options, unquote
+from unionfsd.options.effects import Draft, Nothing, Option, Refused, Security
+from unionfsd.options.table import FOREVER, OPTIONS
+from unionfsd.options.text import TreeFile, split_options, unquote
 
 Whiteout = Literal["auto", "chardev", "xattr", "wh"]
 RedirectDir = Literal["on", "follow", "nofollow", "off"]
@@ -48,6 +49,8 @@ class MountConfig(NamedTuple):
     """A directory, or ``/dev/fd/N`` when somebody mounted already and N is their /dev/fuse."""
     datadirs: tuple[bytes, ...] = ()
     """Layers that show nothing and have the data of files above, top first."""
+    verify: tuple[TreeFile | None, ...] = ()
+    """What lowers, and then data-only layers, must hold; empty when nothing is checked, else one for each of them."""
     upperdir: bytes | None = None
     workdir: bytes | None = None
     """Set exactly when `upperdir` is."""
@@ -189,6 +192,9 @@ class Parsed(NamedTuple):
             fields["control"] = os.path.join(cwd, fields["control"])
         for name in ("lowerdirs", "datadirs"):
             fields[name] = tuple(os.path.join(cwd, path) for path in fields.get(name, ()))
+        if "verify" in fields:
+            files = fields["verify"]
+            fields["verify"] = tuple(file and file._replace(path=os.path.join(cwd, file.path)) for file in files)
         warnings = (*self.warnings, *_check_layers(fields))
         return MountConfig(
             mountpoint=os.path.join(cwd, mountpoint),
@@ -207,6 +213,11 @@ def _check_layers(fields: dict[str, Any]) -> Iterator[str]:
         raise UserError("upperdir needs a workdir", hint="add workdir=DIR, an empty directory beside the upper")
     if fields.get("metacopy") == "on":
         _check_metacopy(fields)
+    if "verify" in fields and len(fields["verify"]) != len(fields["lowerdirs"]) + len(fields["datadirs"]):
+        raise UserError(
+            f"verify names {len(fields['verify'])} files for {len(fields['lowerdirs'])} layers",
+            hint="name one for each lower, in their order, or leave it empty between colons",
+        )
     if "workdir" in fields and "upperdir" not in fields:
         del fields["workdir"]
         yield "workdir ignored: without upperdir the union is read-only"

@@ -1,155 +1,41 @@
 """The table of mount options: it drives parsing, ``--help`` and docs/options.md.
 
-A row says what an option does by an effect, a value whose `apply` writes into a `Draft`. What is in a draft's `fields`
-are fields of `options.MountConfig`.
+A row says what an option does by an effect (`options.effects`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import Final
 
 from unionfsd import syscalls
-from unionfsd.errors import UserError
+from unionfsd.options.effects import (
+    AddLower,
+    Flag,
+    Later,
+    Lowers,
+    Nothing,
+    Option,
+    Refused,
+    Security,
+    SquashToRoot,
+    Value,
+    Word,
+)
 from unionfsd.options.text import (
     one_of,
     read_control,
     read_id,
-    read_lowers,
     read_mapping,
     read_path,
     read_seconds,
     read_switch,
     read_text,
+    read_trees,
     read_writeback,
 )
 
 FOREVER: Final = 1e9
 """Seconds (31 years) that a kernel may cache what only this mount changes; what fuse-overlayfs gives, too."""
-
-
-# What an option does. A draft is a dict of MountConfig fields that were given; each effect writes into it.
-
-
-class Draft:
-    """What has been read so far: values by MountConfig field, names given, warnings."""
-
-    __slots__ = ("explicit", "fields", "warnings")
-
-    def __init__(self) -> None:
-        self.fields: dict[str, Any] = {}
-        self.explicit: set[str] = set()
-        self.warnings: list[str] = []
-
-
-class Value(NamedTuple):
-    """The option takes a value, read by `read` (which raises ValueError with the reason), kept in `field`."""
-
-    field: str
-    read: Callable[[str], Any]
-
-    def apply(self, draft: Draft, name: str, text: str) -> None:
-        draft.fields[self.field] = self.read(text)
-
-
-class Lowers(NamedTuple):
-    """The option names all lowers, the data-only ones too."""
-
-    def apply(self, draft: Draft, name: str, text: str) -> None:
-        draft.fields["lowerdirs"], data = read_lowers(text)
-        if data:
-            draft.fields["datadirs"] = data
-
-
-class AddLower(NamedTuple):
-    """One more lower beneath those given so far, in `field`; its path may hold colons unescaped."""
-
-    field: str
-
-    def apply(self, draft: Draft, name: str, text: str) -> None:
-        draft.fields[self.field] = (*draft.fields.get(self.field, ()), read_path(text))
-
-
-class Word(NamedTuple):
-    """The option is a word that sets `field` to `value`."""
-
-    field: str
-    value: object
-
-    def apply(self, draft: Draft, name: str, text: str) -> None:
-        draft.fields[self.field] = self.value
-
-
-class SquashToRoot(NamedTuple):
-    """The option is a word for uid 0 and gid 0, where nothing more exact is said about one of them."""
-
-    def apply(self, draft: Draft, name: str, text: str) -> None:
-        for field in ("uid", "gid"):
-            draft.fields.setdefault(field, 0)
-
-
-class Flag(NamedTuple):
-    """The option is a word that sets and clears MS_* bits."""
-
-    on: int = 0
-    off: int = 0
-
-    def apply(self, draft: Draft, name: str, text: str) -> None:
-        draft.fields["mount_flags"] = draft.fields.get("mount_flags", 0) & ~self.off | self.on
-
-
-class Security(NamedTuple):
-    """The option is one of the kernel's security modules, which take it before the file system sees it."""
-
-    def apply(self, draft: Draft, name: str, text: str) -> None:
-        draft.fields["security"] = (*draft.fields.get("security", ()), f"{name}={text}")
-
-
-class Nothing(NamedTuple):
-    """The option asks for what is the case anyway, or is meant for somebody else."""
-
-    def apply(self, draft: Draft, name: str, text: str) -> None:
-        return
-
-
-class Later(NamedTuple):
-    """An option of kernel overlayfs: values in `same` say what is done anyway, those in `without` are not there yet."""
-
-    same: tuple[str, ...]
-    without: tuple[str, ...]
-
-    def apply(self, draft: Draft, name: str, text: str) -> None:
-        if text in self.without:
-            draft.warnings.append(f"{name}={text} is not supported yet: going on with {name}={self.same[0]}")
-        elif text not in self.same:
-            raise ValueError(f"not one of {', '.join(self.same + self.without)}")
-
-
-class Refused(NamedTuple):
-    """An option that must not be ignored and is not supported."""
-
-    hint: str
-
-    def apply(self, draft: Draft, name: str, text: str) -> None:
-        raise UserError(f"option {name}: not supported", hint=self.hint)
-
-
-Effect = Value | Lowers | AddLower | Word | SquashToRoot | Flag | Security | Nothing | Later | Refused
-
-
-class Option(NamedTuple):
-    """A row of the table. `argument` is how its value is written in the documentation; without one it is a word."""
-
-    name: str
-    effect: Effect
-    help: str
-    argument: str = ""
-    default: str = ""
-
-    @property
-    def usage(self) -> str:
-        """How it is written after -o."""
-        return f"{self.name}={self.argument}" if self.argument else self.name
 
 
 _ATIME: Final = syscalls.MS_NOATIME | syscalls.MS_RELATIME | syscalls.MS_STRICTATIME
@@ -191,6 +77,14 @@ GROUPS: Final[tuple[tuple[str, tuple[Option, ...]], ...]] = (
                 "A directory for unfinished work, empty at first, on the file system of the upper and beside it. "
                 "Needed with `upperdir`.",
                 "DIR",
+            ),
+            Option(
+                "verify",
+                Value("verify", read_trees),
+                "What lowers must hold, checked when they are used (images.md): files that `unionfsctl image` makes, "
+                "one for each lower, then for each data-only layer, in their order, each after its SHA-256 if that is "
+                "to hold, too; nothing between colons for a layer that is not checked. What differs is EIO.",
+                "[SHA256@]FILE[:FILE...]",
             ),
             Option(
                 "volatile",

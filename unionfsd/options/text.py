@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 #: The highest 32-bit number is no id: it means "none", or "keep it".
 _MAX_ID: Final = 2**32 - 1
@@ -73,6 +73,25 @@ def read_lowers(text: str) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
     if not end or any(pieces[end::2]) or (len(pieces) - end) % 2:
         raise ValueError("empty path between colons; data-only layers come last, each after '::'")
     return tuple(map(read_path, pieces[:end])), tuple(map(read_path, pieces[end + 1 :: 2]))
+
+
+class TreeFile(NamedTuple):
+    """Where the index of a layer's tree is, and its SHA-256, None for whoever trusts the file as it is."""
+
+    path: bytes
+    digest: bytes | None
+
+
+def read_trees(text: str) -> tuple[TreeFile | None, ...]:
+    """Colon-separated paths of indices, each after its SHA-256 and an @ if that is known; an empty one is none."""
+    return tuple(_read_tree(piece) if piece else None for piece in split(text, ":"))
+
+
+def _read_tree(text: str) -> TreeFile:
+    found = re.match(r"([0-9a-f]{64})@", text)
+    if found is None:
+        return TreeFile(read_path(text), None)
+    return TreeFile(read_path(text[found.end() :]), bytes.fromhex(found[1]))
 
 
 def read_text(text: str) -> str:
