@@ -9,6 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -178,6 +179,45 @@ def test_a_changed_byte_is_told_and_never_read(built: Built, image: Any, disk: P
     assert "not what the layer must hold: data" in log.read_text()
     assert "data/moved/new" in image("verify", code=1) + log.read_text()
     assert list((disk / "store" / "containers" / "work" / "upper").rglob("new")) == []
+
+
+def test_a_mounted_container_is_committed_with_what_the_kernel_still_has(built: Built, image: Any, disk: Path) -> None:
+    image("import", built.root / "oci", "--name", "app")
+    image("create", "app", "--name", "work")
+    where = Path(image("start", "work").strip())
+    big = os.urandom(3 << 20)
+    try:
+        with (where / "data" / "big").open("wb") as late, (where / "data" / "one").open("a") as one:
+            for at in range(0, len(big), 1000):
+                late.write(big[at : at + 1000])
+            late.flush()
+            one.write("late\n")
+            one.flush()
+            assert image("diff", "work").splitlines() == ["A /data/big", "C /data/one"]
+            image("commit", "work", "made:1")
+            tar = disk / "layer.tar"
+            image("export-layer", "work", tar)
+        assert (where / "data" / "linked").read_text() == "one\nmore\n"
+        (where / "data" / "after").write_text("thawed")
+    finally:
+        image("umount", "work")
+    with tarfile.open(tar) as archive:
+        found = archive.extractfile("data/big")
+        assert found is not None
+        assert found.read() == big
+    point = disk / "point"
+    point.mkdir()
+    image("mount", "made:1", point)
+    try:
+        assert (point / "data" / "big").read_bytes() == big
+        assert (point / "data" / "one").read_text() == "one\nmore\nlate\n"
+        assert (point / "data" / "linked").read_text() == "one\nmore\n"
+        assert not (point / "data" / "after").exists()
+    finally:
+        image("umount", point)
+    image("start", "work", "-o", "control=off")
+    assert "nobody can be asked" in image("commit", "work", "made:2", code=4)
+    image("umount", "work")
 
 
 def test_what_is_mounted_is_not_collected(built: Built, image: Any, disk: Path) -> None:

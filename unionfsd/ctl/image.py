@@ -112,8 +112,11 @@ VERBS: Final[tuple[Verb, ...]] = (
     ),
     Verb(
         "diff",
-        "what differs between two images: A added, C changed, D deleted",
-        (Argument("first", "an image", {}), Argument("second", "another", {})),
+        "what differs between two images or containers: A added, C changed, D deleted",
+        (
+            Argument("first", "an image, or a container, which alone is compared with its image", {}),
+            Argument("second", "another", {"nargs": "?", "default": None}),
+        ),
         "image_show",
     ),
     Verb(

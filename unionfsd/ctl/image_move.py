@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from unionfsd.ctl.image_show import out, store_of
+from unionfsd.ctl.settled import settled
 from unionfsd.errors import OK, UserError
 from unionfsd.images import commit, containers, events, exporting, importing, policy, reference, sources, trust
 from unionfsd.images.tarread import Limits
@@ -113,15 +114,16 @@ def summary(image: Image) -> dict[str, object]:
 def commit_(given: argparse.Namespace) -> int:
     store = store_of(given)
     container = containers.find(store, given.container)
-    source = commit.Committed(
-        store,
-        container,
-        changes=given.change,
-        author=given.author,
-        message=given.message,
-        compression=given.compression,
-        timestamp=timestamp_of(given),
-    )
+    with settled(store, container):
+        source = commit.Committed(
+            store,
+            container,
+            changes=given.change,
+            author=given.author,
+            message=given.message,
+            compression=given.compression,
+            timestamp=timestamp_of(given),
+        )
     told = events.make(as_json=given.json, quiet=True)
     image = importing.import_image(store, source, importing.names_for(source, [given.name]), events=told)
     return out(given, summary(image), lambda value: str(value["digest"]))
@@ -153,7 +155,8 @@ def export_layer_(given: argparse.Namespace) -> int:
     if given.layer is None:
         latest = timestamp_of(given)
         container = containers.find(store, given.what)
-        packed = commit.pack_upper(store, container, None if latest is None else latest * 10**9)
+        with settled(store, container):
+            packed = commit.pack_upper(store, container, None if latest is None else latest * 10**9)
     else:
         packed = commit.layer_tar(store, store.image(given.what), given.layer)
     exporting.write_file(given.file, packed.fd)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from unionfsd.ctl import show
 from unionfsd.errors import OK
-from unionfsd.images import collect, compare, reference
+from unionfsd.images import collect, compare, containers, reference
 from unionfsd.images.below import Below
 from unionfsd.images.store import Image, Store, default_root
+from unionfsd.syscalls import Fd
 
 if TYPE_CHECKING:
     import argparse
@@ -256,11 +258,30 @@ def _damages(value: list[dict[str, Any]]) -> str:
 
 def diff_(given: argparse.Namespace) -> int:
     store = store_of(given)
-    changes = compare.compare(_stack(store, given.first), _stack(store, given.second))
-    rows = [{"kind": change.kind, "path": "/" + os.fsdecode(b"/".join(change.path))} for change in changes]
+    with contextlib.ExitStack() as held:
+        second = _stack(store, given.second or given.first, held)
+        if given.second is None:
+            first = _stack_of(store, containers.find(store, given.first).layers)
+        else:
+            first = _stack(store, given.first, held)
+        rows = [
+            {"kind": change.kind, "path": "/" + os.fsdecode(b"/".join(change.path))}
+            for change in compare.compare(Below(first), Below(second))
+        ]
     return out(given, rows, lambda rows: "\n".join(f"{row['kind']} {show.name(row['path'])}" for row in rows))
 
 
-def _stack(store: Store, text: str) -> Below:
-    chains = store.image(text).config.chain_ids
-    return Below([store.open_diff(chain) for chain in reversed(chains)])
+def _stack(store: Store, text: str, held: contextlib.ExitStack) -> list[Fd]:
+    """The layers of a container, kept still by `held`, or of an image; the top one first."""
+    if not any(container.name == text for container in containers.every(store)):
+        return _stack_of(store, store.image(text).config.chain_ids)
+    from unionfsd.ctl.settled import settled
+
+    container = containers.find(store, text)
+    held.enter_context(settled(store, container))
+    upper = Fd(os.open(container.upper, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))
+    return [upper, *_stack_of(store, container.layers)]
+
+
+def _stack_of(store: Store, chains: Sequence[str]) -> list[Fd]:
+    return [store.open_diff(chain) for chain in reversed(chains)]

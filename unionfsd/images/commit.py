@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
-from unionfsd import syscalls
 from unionfsd.errors import UserError
 from unionfsd.images import archives, documents, pack
 from unionfsd.images import digest as digests
@@ -58,10 +56,8 @@ def below(store: Store, chains: Sequence[str]) -> Below:
 
 
 def pack_upper(store: Store, container: Container, newest: int | None = None) -> Packed:
-    """The upper of a container as a tar; UserError for what no layer can say."""
+    """The upper of a container as a tar, as it is on disk (`ctl.settled`); UserError for what no layer can say."""
     upper = Fd(os.open(container.upper, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))
-    with contextlib.suppress(OSError), syscalls.reopen(upper.fd, os.O_RDONLY) as whole:
-        syscalls.syncfs(whole.fd)
     return spooled(store, pack.upper(upper, below(store, container.layers), newest=newest))
 
 

@@ -2,7 +2,8 @@
 
 ``ROOT/containers/NAME/`` has ``upper``, ``work``, ``merged`` and ``container.json``. What is mounted holds its layers
 by descriptors that the daemon keeps until it ends (`HOLD`), so that no collection takes them, whoever kills whom.
-Renaming directories of a lower is off (``redirect_dir``), as Docker has it: an upper is a layer that can be committed.
+As Docker has it, renaming directories of a lower is off (``redirect_dir``), and so is keeping hard links of a lower
+together (``index``): an upper is a layer that can be committed, and then shows what the container showed.
 """
 
 from __future__ import annotations
@@ -117,12 +118,17 @@ def every(store: Store) -> Iterator[Container]:
 
 def remove(store: Store, container: Container) -> None:
     """Remove a container with all that was written in it; UserError while it is mounted, here or elsewhere."""
-    with syscalls.open_dir(store.containers.fd, container.name.encode()) as made:
-        if container.mounted or _locked(made, _PATIENCE):
-            raise UserError(f"{container.name}: mounted", hint="unmount it first", code=BUSY)
+    if in_use(store, container):
+        raise UserError(f"{container.name}: mounted", hint="unmount it first", code=BUSY)
     with store.make(b"gone-container-" + container.name.encode()) as stage:
         beneath.remove(stage.fd.fd, b"made")
         syscalls.renameat2(store.containers.fd, container.name.encode(), stage.fd.fd, b"made")
+
+
+def in_use(store: Store, container: Container) -> bool:
+    """Whether a container is mounted, here or elsewhere; waits for a daemon that has just lost its mount."""
+    with syscalls.open_dir(store.containers.fd, container.name.encode()) as made:
+        return container.mounted or _locked(made, _PATIENCE)
 
 
 def _locked(made: Fd, patience: float) -> bool:
@@ -147,7 +153,7 @@ def mount(store: Store, container: Container, options: Sequence[str] = (), mount
     """Mount a container, on its own mountpoint unless told; returns where. UserError with the daemon's words."""
     where = mountpoint or container.merged
     work = os.path.join(container.directory, "work")
-    mine = [f"upperdir={escaped(container.upper)}", f"workdir={escaped(work)}", "redirect_dir=off"]
+    mine = [f"upperdir={escaped(container.upper)}", f"workdir={escaped(work)}", "redirect_dir=off", "index=off"]
     with holding(store, container.layers) as held:
         _mount(lower_paths(store, container.layers), [*mine, *options], where, held)
     return where

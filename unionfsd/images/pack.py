@@ -5,7 +5,8 @@ Rules this file obeys:
 - The same tree gives the same bytes: names in order, no access times, no names of users, nothing of the machine.
 - Of an upper, what it changes becomes entries, what it hides becomes explicit whiteouts before their siblings; the time
   is proportional to the upper, and to the lower directories that it makes opaque.
-- What a layer cannot say is refused: a redirected directory, a metacopy, a socket is left out as tar does.
+- What a layer cannot say is refused: a redirected directory, a metacopy, a file that the index keeps. A socket is left
+  out as tar does.
 """
 
 from __future__ import annotations
@@ -98,6 +99,8 @@ class _Packer:
                 raise UserError(f"{shown}: a renamed directory of a lower, which a layer cannot say", hint=_HINT)
         elif stat.S_ISREG(st.st_mode) and any(has_xattr(fd, mark) for mark in fmt.METACOPY_NAMES):
             raise UserError(f"{shown}: metadata without data, which a layer cannot say", hint=_HINT)
+        elif any(has_xattr(fd, mark) for mark in fmt.NLINK_NAMES):
+            raise UserError(f"{shown}: one of several names of a lower, which a layer cannot say", hint=_HINT)
 
     def _is_opaque(self, path: Path, fd: Fd) -> bool:
         """Whether a directory hides those below: it says so, or one that it lies in does."""
@@ -124,7 +127,7 @@ class _Packer:
                 yield tarwrite.header(Member(whiteout, stat.S_IFREG, 0, 0, 0, 0, 0, b"", (0, 0), {}, 0))
 
 
-_HINT = "mount it with redirect_dir=off, as containers of unionfsctl image are"
+_HINT = "mount it with redirect_dir=off and index=off, as containers of unionfsctl image are"
 
 
 def _xattrs(fd: Fd) -> dict[bytes, bytes]:
