@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -68,6 +69,11 @@ class Built:
     def podman(self, *arguments: str | Path) -> str:
         words = [*self._options, "--cgroup-manager=cgroupfs", "--events-backend=file", *arguments]
         return run(*(UNIFIED if arguments[0] == "run" else ()), "podman", *words, seconds=100)
+
+    def manifest(self) -> bytes:
+        """The manifest that the store has of the image."""
+        source = f"containers-storage:[overlay@{self.root}/storage+{self.root}/run]localhost/built"
+        return run("skopeo", "inspect", "--raw", source).encode()
 
     @contextlib.contextmanager
     def mounted(self, name: str = "localhost/built") -> Iterator[Path]:
@@ -136,7 +142,7 @@ def test_our_root_is_podmans_root(built: Built, image: Any, disk: Path, source: 
     assert image("verify") == ""
 
 
-def test_podmans_store_is_mounted_in_place(built: Built, image: Any, disk: Path) -> None:
+def test_podmans_store_is_mounted_in_place_and_imported_from(built: Built, image: Any, disk: Path) -> None:
     storage = built.root / "storage"
     before = fingerprint(storage / "overlay-images")
     point = disk / "point"
@@ -148,6 +154,16 @@ def test_podmans_store_is_mounted_in_place(built: Built, image: Any, disk: Path)
         image("umount", point)
     with built.mounted() as theirs:
         assert ours == view(theirs)
+    policy = disk / "policy.toml"
+    policy.write_text('default = "reject"\n')
+    assert "rejected" in image("mount", f"containers-storage:{storage}@built", point, "--policy", policy, code=1)
+    brought = image("import", f"containers-storage:{storage}@localhost/built", "--quiet").strip()
+    image("mount", brought, point)
+    try:
+        assert view(point) == ours
+    finally:
+        image("umount", point)
+    assert brought == "sha256:" + hashlib.sha256(built.manifest()).hexdigest()
     assert fingerprint(storage / "overlay-images") == before
 
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 _IMAGE: Final = Argument("image", "its name, its digest, or the beginning of that", {})
 _SOURCE: Final = Argument(
     "source",
-    "oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:NAME], dir:DIR, tar:FILE, root:DIR, or a path",
+    "oci:DIR[:TAG], oci-archive:FILE[:TAG], docker-archive:FILE[:NAME], dir:DIR, tar:FILE, root:DIR, "
+    "containers-storage:[DIR@]NAME, or a path",
     {},
 )
 _NAMES: Final = Argument(

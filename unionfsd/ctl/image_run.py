@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from unionfsd.ctl import show
 from unionfsd.ctl.image_show import out, short, store_of
 from unionfsd.errors import OK, UserError
-from unionfsd.images import containers, reference, runtime
+from unionfsd.images import containers, policy, reference, runtime
+from unionfsd.images.store import default_root
 
 if TYPE_CHECKING:
     import argparse
@@ -28,7 +29,10 @@ def mount_(given: argparse.Namespace) -> int:
             raise UserError(
                 "--verify: another engine's layers have no record to check them by", hint="import the image first"
             )
-        containers.mount_directories(engines.find(place.where).diffs, given.mountpoint, given.options)
+        found = engines.find(place.where)
+        rules = policy.load(given.policy, given.root or default_root())
+        rules.check(found.names, f"sha256:{found.identity}", [])
+        containers.mount_directories(found.diffs, given.mountpoint, given.options)
         return OK
     store = store_of(given)
     image = store.image(given.image)
@@ -49,8 +53,6 @@ def _options(store: Store, image: Image, given: argparse.Namespace) -> list[str]
 
 def _allow(store: Store, image: Image, given: argparse.Namespace) -> None:
     """UserError when the policy does not let the image be mounted."""
-    from unionfsd.images import policy
-
     rules = policy.load(given.policy, store.root)
     if rules.rules or rules.default != "accept":
         from unionfsd.images import admission

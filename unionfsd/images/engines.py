@@ -1,9 +1,9 @@
-"""The stores of podman and Docker, read where they are: layers that can be mounted in place, with no copy.
+"""The stores of podman and Docker, read where they are: layers to be mounted in place, with no copy, or imported.
 
-- containers/storage, driver overlay: ``overlay-images/images.json``, ``overlay-layers/layers.json``,
-  ``overlay/ID/{link,lower,diff}``.
+- containers/storage, driver overlay: ``overlay-images/images.json``, ``overlay-images/ID/{manifest,=BASE64}``,
+  ``overlay-layers/{layers.json,ID.tar-split.gz}``, ``overlay/ID/{link,lower,diff}``.
 - Docker, driver overlay2: ``image/overlay2/repositories.json``, ``imagedb/content/sha256/ID``,
-  ``layerdb/sha256/CHAIN/cache-id``, ``overlay2/ID/{link,lower,diff}``.
+  ``layerdb/sha256/CHAIN/{cache-id,tar-split.json.gz}``, ``overlay2/ID/{link,lower,diff}``.
 
 Rules this file obeys: nothing in these stores is written, created or locked. Who mounts from them sees to it that their
 engine removes nothing meanwhile.
@@ -11,28 +11,80 @@ engine removes nothing meanwhile.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 from unionfsd.errors import UserError, reason
 from unionfsd.images import digest as digests
-from unionfsd.images import documents, reference
+from unionfsd.images import documents, reference, tarsplit
+from unionfsd.images.compress import Readable
+from unionfsd.images.sources import Made, Source
 
 _MAX: Final = 256 << 20
 
 
+class KeptLayer(NamedTuple):
+    """A layer of an engine: its directory, the digest of its tar, and what makes that of the directory (`tarsplit`)."""
+
+    diff: str
+    diff_id: str
+    split: str
+
+
 class Kept(NamedTuple):
-    """An image of an engine: its names, its identity there, and the directories of its layers, the lowest first."""
+    """An image of an engine: its names, its identity there, its layers, the lowest first.
+
+    `config` and `manifest` are files, the latter None where there is none.
+    """
 
     names: tuple[str, ...]
     identity: str
-    diffs: tuple[str, ...]
+    layers: tuple[KeptLayer, ...]
+    config: str
+    manifest: str | None
+
+    @property
+    def diffs(self) -> tuple[str, ...]:
+        return tuple(layer.diff for layer in self.layers)
 
 
-def default_root() -> str:
-    """Where podman keeps its images unless told."""
+def roots() -> list[str]:
+    """Where podman keeps its images: as storage.conf says (containers-storage.conf(5)), or as it is without one."""
+    found: list[str] = []
+    for path in _configurations():
+        try:
+            with open(path, "rb") as file:
+                storage = tomllib.load(file).get("storage") or {}
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: {error}") from None
+        key = "graphroot" if os.geteuid() == 0 else "rootless_storage_path"
+        found.append(_expanded(str(storage.get(key) or _default_root())))
+        found += map(str, (storage.get("options") or {}).get("additionalimagestores") or [])
+        return found
+    return [_default_root()]
+
+
+def _configurations() -> list[str]:
+    if given := os.environ.get("CONTAINERS_STORAGE_CONF"):
+        return [given]
+    system = ["/etc/containers/storage.conf", "/usr/share/containers/storage.conf"]
+    if os.geteuid() == 0:
+        return system
+    home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    return [os.path.join(home, "containers", "storage.conf"), *system]
+
+
+def _expanded(path: str) -> str:
+    return os.path.expandvars(path.replace("$UID", str(os.getuid())))
+
+
+def _default_root() -> str:
     if os.geteuid() == 0:
         return "/var/lib/containers/storage"
     data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
@@ -40,18 +92,58 @@ def default_root() -> str:
 
 
 def find(where: str) -> Kept:
-    """The image that ``[DIR@]NAME`` names, a name or the beginning of an identity; UserError."""
-    root, _, name = where.partition("@") if where.startswith("/") and "@" in where else ("", "", where)
+    """The image that ``[DIR@]NAME`` names, a name or the beginning of an identity; UserError.
+
+    As in skopeo ``[DRIVER@DIR+RUNROOT:OPTIONS]NAME`` is taken, too, with the brackets.
+    """
+    places, name = _split(where)
     wanted = {str(found) for found in _meanings(name)}
-    images = list(every(root or default_root()))
+    images = [image for root in places for image in every(root)]
     for image in images:
         if not wanted.isdisjoint(image.names):
             return image
-    found = [image for image in images if len(name) >= 6 and image.identity.startswith(name.removeprefix("sha256:"))]
+    digits = name.removeprefix("@").removeprefix("sha256:")
+    found = {image.identity: image for image in images if len(digits) >= 6 and image.identity.startswith(digits)}
     if len(found) == 1:
-        return found[0]
+        return found.popitem()[1]
     names = ", ".join(each for image in images for each in image.names)
     raise UserError(f"{where}: no such image there", hint=f"there are: {names or 'none'}", code=1)
+
+
+def _split(where: str) -> tuple[list[str], str]:
+    """The stores to look in, and the name to look for."""
+    if where.startswith("["):
+        store, bracket, name = where[1:].partition("]")
+        root = store.rpartition("@")[2].partition("+")[0].partition(":")[0]
+        if not bracket or not name or not root.startswith("/"):
+            raise UserError(f"{where}: not [DRIVER@DIR+RUNROOT]NAME")
+        return [root], name
+    if where.startswith("/") and "@" in where:
+        root, _, name = where.partition("@")
+        return [root], name
+    return roots(), where
+
+
+def source(where: str) -> Source:
+    """The image that `find` finds, to be imported: its layers as the tars that they came as."""
+    image = find(where)
+    config = _bytes(image.config)
+    layers = [(layer.diff_id, tarsplit.size(layer.split), _opener(layer)) for layer in image.layers]
+    return Made(config, layers, image.names, _manifest_over(image, [layer.diff_id for layer in image.layers]))
+
+
+def _opener(layer: KeptLayer) -> Callable[[], Readable]:
+    return lambda: tarsplit.stream(layer.split, layer.diff)
+
+
+def _manifest_over(image: Kept, diff_ids: Sequence[str]) -> bytes | None:
+    """The manifest that an image has there if its layers are plain tars, which is what we have of them."""
+    if image.manifest is None or not os.path.exists(image.manifest):
+        return None
+    raw = _bytes(image.manifest)
+    if documents.kind(raw, None) not in documents.MANIFESTS:
+        return None
+    return raw if [layer.digest for layer in documents.manifest(raw).layers] == list(diff_ids) else None
 
 
 def _meanings(name: str) -> Iterator[reference.Name]:
@@ -75,15 +167,19 @@ def every(root: str) -> Iterator[Kept]:
 def _containers(root: str) -> Iterator[Kept]:
     layers = {layer["id"]: layer for layer in _list(os.path.join(root, "overlay-layers", "layers.json"))}
     for image in _list(os.path.join(root, "overlay-images", "images.json")):
-        chain: list[str] = []
+        chain: list[KeptLayer] = []
         identity = image.get("layer") or ""
         while identity:
             if identity not in layers or len(chain) > len(layers):
                 raise UserError(f"{root}: the layers of image {image.get('id')} are not all there")
-            chain.append(_diff(root, "overlay", identity))
+            split = os.path.join(root, "overlay-layers", f"{identity}.tar-split.gz")
+            diff_id = str(layers[identity].get("diff-digest") or "")
+            chain.append(KeptLayer(_diff(root, "overlay", identity), diff_id, split))
             identity = layers[identity].get("parent") or ""
         names = tuple(str(name) for name in image.get("names") or [])
-        yield Kept(names, str(image["id"]), tuple(reversed(chain)))
+        place = os.path.join(root, "overlay-images", _component(root, str(image["id"])))
+        config = os.path.join(place, "=" + base64.b64encode(f"sha256:{image['id']}".encode()).decode())
+        yield Kept(names, str(image["id"]), tuple(reversed(chain)), config, os.path.join(place, "manifest"))
 
 
 def _docker(root: str) -> Iterator[Kept]:
@@ -96,21 +192,27 @@ def _docker(root: str) -> Iterator[Kept]:
                 named.setdefault(digests.checked(digest), []).append(str(reference.name(name)))
     content = os.path.join(base, "imagedb", "content", "sha256")
     for digits in sorted(os.listdir(content)):
-        config = documents.config(_bytes(os.path.join(content, digits)))
-        diffs = []
-        for chain in config.chain_ids:
-            cache = os.path.join(base, "layerdb", *digests.split(chain), "cache-id")
-            diffs.append(_diff(root, "overlay2", _bytes(cache).decode().strip()))
-        yield Kept(tuple(named.get(f"sha256:{digits}", ())), digits, tuple(diffs))
+        path = os.path.join(content, digits)
+        config = documents.config(_bytes(path))
+        layers = []
+        for chain, diff_id in zip(config.chain_ids, config.diff_ids, strict=True):
+            place = os.path.join(base, "layerdb", *digests.split(chain))
+            diff = _diff(root, "overlay2", _bytes(os.path.join(place, "cache-id")).decode().strip())
+            layers.append(KeptLayer(diff, diff_id, os.path.join(place, "tar-split.json.gz")))
+        yield Kept(tuple(named.get(f"sha256:{digits}", ())), digits, tuple(layers), path, None)
 
 
 def _diff(root: str, driver: str, identity: str) -> str:
-    if "/" in identity or identity in ("", ".", ".."):
-        raise UserError(f"{root}: {identity!r} is no layer")
-    path = os.path.join(root, driver, identity, "diff")
+    path = os.path.join(root, driver, _component(root, identity), "diff")
     if not os.path.isdir(path):
         raise UserError(f"{path}: a layer that is not there")
     return path
+
+
+def _component(root: str, identity: str) -> str:
+    if "/" in identity or identity in ("", ".", ".."):
+        raise UserError(f"{root}: {identity!r} is no layer")
+    return identity
 
 
 def _bytes(path: str) -> bytes:

@@ -256,15 +256,20 @@ class Made:
     """An image without a manifest of its own: layers as streams of plain tars by their DiffIDs."""
 
     def __init__(
-        self, config: bytes, layers: list[tuple[str, int, Callable[[], Readable]]], names: tuple[str, ...]
+        self,
+        config: bytes,
+        layers: list[tuple[str, int, Callable[[], Readable]]],
+        names: tuple[str, ...],
+        manifest: bytes | None = None,
     ) -> None:
+        """`layers`: DiffID, size and stream of each; `manifest`: one that says the same, if there is."""
         self.names = names
         self._streams = {diff_id: stream for diff_id, _, stream in layers}
         self.config = documents.config(config)
         if self.config.diff_ids != tuple(diff_id for diff_id, _, _ in layers):
             raise UserError("the configuration of the image is about other layers")
         descriptors = [Descriptor(documents.OCI_LAYER, diff_id, size, {}) for diff_id, size, _ in layers]
-        raw = documents.dump(
+        raw = manifest or documents.dump(
             {
                 "schemaVersion": 2,
                 "mediaType": documents.OCI_MANIFEST,
@@ -437,6 +442,12 @@ def _one_layer(fd: Fd, what: str, platform: Mapping[str, str]) -> Source:
     return Made(config, [(source.digest, source.count, lambda: archives.stream(fd))], ())
 
 
+def _engine(place: Place, platform: Mapping[str, str], spool: Fd) -> Source:
+    from unionfsd.images import engines  # it makes sources of this module
+
+    return engines.source(place.where)
+
+
 _OPENERS: Final[dict[str, Callable[[Place, Mapping[str, str], Fd], Source]]] = {
     "oci": _oci,
     "oci-archive": _oci_archive,
@@ -444,6 +455,7 @@ _OPENERS: Final[dict[str, Callable[[Place, Mapping[str, str], Fd], Source]]] = {
     "dir": _dir,
     "tar": _tar,
     "root": _root,
+    "containers-storage": _engine,
 }
 
 
