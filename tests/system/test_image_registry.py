@@ -28,6 +28,7 @@ from unionfsd.images import collect, documents, importing, policy, pushing, refe
 from unionfsd.images import digest as digests
 from unionfsd.images.admission import admit, check
 from unionfsd.images.auth import Credentials
+from unionfsd.images.compress import BrokenOffError
 from unionfsd.images.events import Events
 from unionfsd.images.registry import Registry, RegistryError
 from unionfsd.images.store import Image, Store
@@ -49,21 +50,29 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(root: Path, auth: str = "") -> Iterator[str]:
+def serving(root: Path, auth: str = "", http: str = "") -> Iterator[str]:
     """A registry that keeps its blobs in `root`; HOST:PORT."""
     port = free_port()
     (root / "config.yml").write_text(
         f"version: 0.1\nlog: {{level: error, accesslog: {{disabled: true}}}}\n"
-        f"storage: {{filesystem: {{rootdirectory: {root}/data}}}}\nhttp: {{addr: '127.0.0.1:{port}'}}\n{auth}"
+        f"storage: {{filesystem: {{rootdirectory: {root}/data}}}}\nhttp:\n  addr: '127.0.0.1:{port}'\n{http}{auth}"
     )
     with open(root / "log", "w") as log:
         process = subprocess.Popen(["docker-registry", "serve", str(root / "config.yml")], stdout=log, stderr=log)
     try:
-        wait_for(lambda: _answers(port), f"the registry does not start: {(root / 'log').read_text()}")
+        wait_for(
+            lambda: _answers(port) or bool(http and _listens(port)),
+            f"the registry does not start: {(root / 'log').read_text()}",
+        )
         yield f"127.0.0.1:{port}"
     finally:
         process.terminate()
         process.wait()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _answers(port: int) -> bool:
@@ -84,23 +93,38 @@ def host() -> Iterator[str]:
 
 
 class Between(BaseHTTPRequestHandler):
-    """Stands before a registry: wants a token, and cuts the first answers of blobs off."""
+    """Stands before a registry: wants a token, cuts the first answers of blobs off, and has lists of referrers."""
 
     protocol_version = "HTTP/1.0"
     behind: ClassVar[str]
     cuts: ClassVar[int]
     ranges: ClassVar[list[str]]
+    token: ClassVar[bool] = True
+    #: Pages of the lists, by digest; None for a registry that has none.
+    referrers: ClassVar[dict[str, list[list[Any]]] | None] = None
 
     def do_GET(self) -> None:
         if self.path.startswith("/token"):
             self._token()
-        elif self.headers.get("Authorization") != f"Bearer {TOKEN}":
+        elif self.token and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self.send_response(401)
             here = f"http://{self.headers['Host']}/token"
             self.send_header("WWW-Authenticate", f'Bearer realm="{here}",service="test",scope="x"')
             self.end_headers()
+        elif self.referrers is not None and "/referrers/" in self.path:
+            self._list(*self.path.rpartition("/")[2].partition("?page=")[::2], self.referrers)
         else:
             self._pass_on()
+
+    def _list(self, digest: str, page: str, lists: dict[str, list[list[Any]]]) -> None:
+        pages, at = lists.get(digest) or [[]], int(page or 0)
+        self.send_response(200)
+        self.send_header("Content-Type", documents.OCI_INDEX)
+        if at + 1 < len(pages):
+            self.send_header("Link", f'<{self.path.partition("?")[0]}?page={at + 1}>; rel="next"')
+        self.end_headers()
+        index = {"schemaVersion": 2, "mediaType": documents.OCI_INDEX, "manifests": pages[at]}
+        self.wfile.write(json.dumps(index).encode())
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -407,6 +431,92 @@ def test_signatures_travel_in_a_layout(store: Store, keys: Path, tmp_path: Path)
     assert main(["image", "import", *more, f"oci:{tmp_path}/out:{name}"]) == 0
     assert main(["image", "import", *more, f"oci:{tmp_path}/oci", "--name", name]) == 1
     assert trust.kept(Store(f"{tmp_path}/again"), image.digest)
+
+
+def test_a_pair_of_our_own_signs(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In cosign's format; Debian's skopeo, podman and buildah are built without it (see test_image_keys)."""
+    monkeypatch.setenv("COSIGN_PASSWORD", "secret")
+    name, prefix, root = "example.com/app:1", str(tmp_path / "mine"), f"--root={store.root}"
+    local(store, Made([BASE]), tmp_path / "oci", name)
+    assert main(["image", "generate-key", "--prefix", prefix]) == 0
+    assert capsys.readouterr().out.split() == [f"{prefix}.key", f"{prefix}.pub"]
+    assert main(["image", "sign", root, name, "--key", f"{prefix}.key"]) == 0
+    assert main(["image", "verify-signature", root, name, "--key", f"{prefix}.pub"]) == 0
+    monkeypatch.setenv("COSIGN_PASSWORD", "wrong")
+    assert main(["image", "sign", root, name, "--key", f"{prefix}.key"]) == 2
+
+
+def test_registries_conf_counts(
+    store: Store, host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = Made([BASE])
+    pushed(store, made, tmp_path / "oci", f"{host}/moved/app:1")
+    conf = tmp_path / "registries.conf"
+    monkeypatch.setenv("CONTAINERS_REGISTRIES_CONF", str(conf))
+    conf.write_text(
+        f'[[registry]]\nprefix = "example.invalid/org"\nlocation = "example.invalid/org"\n'
+        f'[[registry.mirror]]\nlocation = "127.0.0.1:{free_port()}/moved"\n'
+        f'[[registry.mirror]]\nlocation = "{host}/moved"\n'
+        '[[registry]]\nlocation = "bad.invalid"\nblocked = true\n'
+        '[aliases]\n"tool" = "example.invalid/org/app"\n'
+    )
+    root = f"--root={tmp_path}/again"
+    for text in ("example.invalid/org/app:1", "tool:1"):
+        assert main(["image", "pull", root, "--quiet", text]) == 0
+        assert capsys.readouterr().out.strip() == made.digest
+    assert Store(f"{tmp_path}/again").image("example.invalid/org/app:1").names == ("example.invalid/org/app:1",)
+    assert main(["image", "pull", root, "bad.invalid/app"]) == 1
+    assert "blocked" in capsys.readouterr().err
+
+
+def test_an_untrusted_certificate_is_for_insecure_registries(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    files = ["-keyout", str(tmp_path / "key"), "-out", str(tmp_path / "crt")]
+    run("openssl", "req", "-x509", "-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", *files, *subject)
+    tls = f"  tls: {{certificate: {tmp_path}/crt, key: {tmp_path}/key}}\n"
+    # Not this machine by its name: there TLS is not asked for.
+    monkeypatch.setattr(registry, "_is_here", lambda host: False)
+    monkeypatch.setenv("CONTAINERS_REGISTRIES_CONF", str(tmp_path / "registries.conf"))
+    made = Made([BASE])
+    with serving(tmp_path, http=tls) as host:
+        name = f"{host}/app:1"
+        with pytest.raises(BrokenOffError, match="certificate"):
+            pushed(store, made, tmp_path / "oci", name)
+        (tmp_path / "registries.conf").write_text(f'[[registry]]\nlocation = "{host}"\ninsecure = true\n')
+        pushed(store, made, tmp_path / "oci", name)
+        found = registry.find(name, [], AMD64, plain_http=False)
+        with found.registry:
+            assert bring(Store(str(tmp_path / "again")), found).digest == made.digest
+
+
+def test_signatures_are_found_in_a_list_of_referrers(
+    store: Store, host: str, keys: Path, tmp_path: Path, between: tuple[str, type[Between]]
+) -> None:
+    """OCI 1.1: a registry that has such lists gives them in pages; Debian's has none, so what stands before it does."""
+    address, handler = between
+    made = Made([BASE])
+    name = reference.name(f"{host}/native/app:1")
+    image = pushed(store, made, tmp_path / "oci", str(name))
+    handler.token = False
+    signature = trust.sign(str(keys / "ec.key"), str(name), image.digest)
+    manifest, blobs = trust.manifest([signature])
+    raw = documents.dump(
+        {**json.loads(manifest.raw), "subject": images.descriptor(documents.OCI_MANIFEST, made.manifest)}
+    )
+    with Registry(name, push=True) as target:
+        for digest, data in blobs.items():
+            target.upload(documents.Descriptor("", digest, len(data), {}), lambda data=data: iter([data]))  # type: ignore[misc]
+        target.put_manifest(raw, documents.OCI_MANIFEST, digests.of(raw))
+    other = {**images.descriptor(documents.OCI_MANIFEST, made.manifest), "artifactType": "application/other"}
+    mine = {**images.descriptor(documents.OCI_MANIFEST, raw), "artifactType": trust.ARTIFACT}
+    for entries, found in (([[other], [mine]], [signature]), ([[other]], []), ([], [])):
+        handler.referrers = {image.digest: entries}
+        with Registry(reference.name(f"{address}/native/app:1")) as seen:
+            assert pushing.signatures(seen, image.digest, None) == found
 
 
 @pytest.mark.parametrize("found_by", ["tag", "referrers"])

@@ -86,9 +86,15 @@ VERBS: Final[tuple[Verb, ...]] = (
         "sign an image, in cosign's format; $COSIGN_PASSWORD is for an encrypted key",
         (
             _IMAGE,
-            Argument("--key", "the private key, in PEM", {"required": True}),
+            Argument("--key", "the private key, in PEM or as cosign has it", {"required": True}),
             Argument("--as", "the name to sign it as (default: its own)", {"dest": "name", "default": None}),
         ),
+        "image_move",
+    ),
+    Verb(
+        "generate-key",
+        "make a pair of keys to sign with, PREFIX.key and PREFIX.pub, as cosign does; $COSIGN_PASSWORD encrypts it",
+        (Argument("--prefix", "where, but for .key and .pub (default: cosign)", {"default": "cosign"}),),
         "image_move",
     ),
     Verb(

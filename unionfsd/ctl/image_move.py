@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from typing import TYPE_CHECKING
 
 from unionfsd.ctl.image_show import out, store_of
@@ -37,9 +38,9 @@ def pull_(given: argparse.Namespace) -> int:
     place = reference.place(given.source)
     if place is not None and place.transport != "docker":
         raise UserError(f"{given.source}: not in a registry", hint="unionfsctl image import takes it")
-    name = reference.name(place.where if place else given.source)
     platform = sources.platform_of(given.platform) if given.platform else sources.here()
-    source = registry.connect(name, given.mirror, platform, plain_http=given.plain_http)
+    text = place.where if place else given.source
+    source = registry.find(text, given.mirror, platform, plain_http=given.plain_http)
     with source.registry:
         return _bring(given, store, source)
 
@@ -97,6 +98,16 @@ def sign_(given: argparse.Namespace) -> int:
     signature = trust.sign(given.key, name, image.digest, password.encode() if password else None)
     trust.keep(store, image.digest, [signature])
     return out(given, {"name": name, "digest": image.digest}, lambda value: "")
+
+
+def generate_key_(given: argparse.Namespace) -> int:
+    from unionfsd.images import keys
+
+    private, public = keys.generate(given.prefix, os.environ.get("COSIGN_PASSWORD", "").encode())
+    value = {"private": private, "public": public, "encrypted": bool(os.environ.get("COSIGN_PASSWORD"))}
+    if not value["encrypted"]:
+        print("unionfsctl: no $COSIGN_PASSWORD: the key has an empty password", file=sys.stderr)
+    return out(given, value, lambda value: f"{value['private']}\n{value['public']}")
 
 
 def verify_signature_(given: argparse.Namespace) -> int:

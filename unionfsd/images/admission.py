@@ -32,6 +32,10 @@ def _in_layout(source: Resolved, digest: str) -> list[Signature]:
             raw = source.blobs.document(entry.digest)
             if digests.matches(entry.digest, raw):
                 found += trust.read(raw, source.blobs)
+        elif entry.artifact_type == trust.ARTIFACT and entry.media_type == documents.OCI_MANIFEST:
+            raw = source.blobs.document(entry.digest)
+            if digests.matches(entry.digest, raw) and pushing.subject(raw) == digest:
+                found += trust.read(raw, source.blobs)
     return found
 
 

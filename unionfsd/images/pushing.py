@@ -64,11 +64,12 @@ def signatures(registry: Registry, digest: str, index: bytes | None) -> list[tru
     for entry in registry.referrers(digest):
         if entry.artifact_type == trust.ARTIFACT and entry.media_type == documents.OCI_MANIFEST:
             raw = registry.find_manifest(entry.digest)
-            if raw is not None and _subject(raw) == digest:
+            if raw is not None and subject(raw) == digest:
                 found += trust.read(raw, registry, index)
     return found
 
 
-def _subject(raw: bytes) -> str | None:
-    subject = documents.manifest(raw).subject
-    return subject.digest if subject is not None else None
+def subject(raw: bytes) -> str | None:
+    """The digest of what a manifest refers to; None when it refers to nothing."""
+    found = documents.manifest(raw).subject
+    return found.digest if found is not None else None

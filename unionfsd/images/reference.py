@@ -94,6 +94,16 @@ def name(text: str, *, host: str = DOCKER_HUB) -> Name:
     return Name(found, path, match["tag"] or (None if digest else "latest"), digest)
 
 
+def short(text: str) -> str | None:
+    """The part of a name without a host that its tag and digest come after; None for any other name. UserError."""
+    match = _NAME.fullmatch(text)
+    if match is None:
+        raise UserError(f"not the name of an image: {text!r:.200}", hint="[HOST/]NAME[:TAG][@DIGEST], in lower case")
+    if match["host"] is not None and _is_host(match["host"]):
+        return None
+    return text[: match.end("path")]
+
+
 def _is_host(text: str) -> bool:
     """Whether the first part of a name is a host: Docker's rule."""
     return "." in text or ":" in text or text == LOCAL or text != text.lower()

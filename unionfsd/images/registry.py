@@ -23,18 +23,21 @@ import httpx
 
 from unionfsd import __version__
 from unionfsd.errors import UserError
-from unionfsd.images import auth, documents, sources
+from unionfsd.images import auth, documents, registriesconf, sources
 from unionfsd.images import digest as digests
 from unionfsd.images.auth import Credentials
 from unionfsd.images.compress import CHUNK, BrokenOffError, Readable
 from unionfsd.images.documents import Descriptor
 from unionfsd.images.reference import DOCKER_HUB, LOCAL, Name
+from unionfsd.images.registriesconf import Endpoint
 
 _HUB: Final = "registry-1.docker.io"
 _ACCEPT: Final = ", ".join((*documents.MANIFESTS, *documents.INDEXES))
 _TRIES: Final = 4
 _TIMEOUT: Final = httpx.Timeout(30.0, read=60.0)
 _REDIRECTS: Final = 5
+#: Of a list of referrers that are read at most.
+_PAGES: Final = 20
 _CHALLENGE: Final = re.compile(r'(\w+)="([^"]*)"')
 _RETRIED: Final = (408, 429, 500, 502, 503, 504)
 
@@ -48,7 +51,7 @@ class RegistryError(UserError):
 
 
 class Registry:
-    """The repository of `name` in its registry, or in that of `mirror`, for reading and, with `push`, for writing.
+    """The repository of `name` in its registry, or `at` another place, for reading and, with `push`, for writing.
 
     `plain_http` allows HTTP without TLS for any host. Safe to use from several threads.
     """
@@ -59,21 +62,33 @@ class Registry:
         *,
         push: bool = False,
         plain_http: bool = False,
-        mirror: str | None = None,
+        at: Endpoint | None = None,
         credentials: Credentials | None = None,
     ) -> None:
         self.name = name
-        host = mirror or (_HUB if name.host == DOCKER_HUB else name.host)
-        scheme = "http" if plain_http or _is_here(host) else "https"
-        self._plain = scheme == "http"
-        self._base = f"{scheme}://{host}/v2/{name.path}/"
-        self._origin = f"{scheme}://{host}"
-        self._scope = f"repository:{name.path}:{'pull,push' if push else 'pull'}"
-        self._credentials = credentials or auth.find(f"{mirror or name.host}/{name.path}")
+        at = at or Endpoint(name.host, name.path, registriesconf.load().insecure(name))
+        host = _HUB if at.host == DOCKER_HUB else at.host
+        self._plain = plain_http or at.insecure or _is_here(host)
+        self._scope = f"repository:{at.path}:{'pull,push' if push else 'pull'}"
+        self._credentials = credentials or auth.find(f"{at.host}/{at.path}")
         self._authorization: str | None = None
         self._client = httpx.Client(
-            timeout=_TIMEOUT, headers={"User-Agent": f"unionfsd/{__version__}"}, follow_redirects=False
+            timeout=_TIMEOUT,
+            headers={"User-Agent": f"unionfsd/{__version__}"},
+            follow_redirects=False,
+            verify=not at.insecure,
         )
+        without = plain_http or _is_here(host) or (at.insecure and not self._speaks_tls(host))
+        self._origin = f"{'http' if without else 'https'}://{host}"
+        self._base = f"{self._origin}/v2/{at.path}/"
+
+    def _speaks_tls(self, host: str) -> bool:
+        """Whether a host that may do without TLS has it."""
+        try:
+            self._client.head(f"https://{host}/v2/")
+        except httpx.HTTPError:
+            return False
+        return True
 
     def close(self) -> None:
         self._client.close()
@@ -243,14 +258,24 @@ class Registry:
         """What refers to a manifest by its `subject`; by the fallback tag where the registry has no such list."""
         for url in (f"referrers/{digest}", f"manifests/{digest.replace(':', '-')}"):
             try:
-                answer = self._again(partial(self._send, "GET", url, headers={"Accept": documents.OCI_INDEX}))
+                return list(self._referrers(url))
             except RegistryError as error:
-                if error.status in (400, 404, 405):
-                    continue
-                raise
-            if documents.kind(answer.content, documents.OCI_INDEX) == documents.OCI_INDEX:
-                return list(documents.index(answer.content))
+                if error.status not in (400, 404, 405):
+                    raise
         return []
+
+    def _referrers(self, url: str) -> Iterator[Descriptor]:
+        for _ in range(_PAGES):
+            answer = self._again(partial(self._send, "GET", url, headers={"Accept": documents.OCI_INDEX}))
+            if documents.kind(answer.content, documents.OCI_INDEX) != documents.OCI_INDEX:
+                return
+            yield from documents.index(answer.content)
+            more = answer.links.get("next", {}).get("url")
+            if not more:
+                return
+            url = urljoin(str(answer.request.url), more)
+            if not url.startswith(self._base):
+                return
 
     # Writing.
 
@@ -343,13 +368,29 @@ class Remote(sources.Resolved):
 
 
 def connect(name: Name, mirrors: Sequence[str], platform: Mapping[str, str], *, plain_http: bool) -> Remote:
-    """The image of a name from the first of `mirrors`, or the registry itself, that has it; UserError."""
-    for mirror in (*mirrors, None):
-        registry = Registry(name, plain_http=plain_http, mirror=mirror)
-        try:
-            return Remote(registry, platform)
-        except (RegistryError, BrokenOffError):
-            registry.close()
-            if mirror is None:
-                raise
-    raise AssertionError
+    """The image of a name from the first that has it: `mirrors`, what registries.conf says, its registry. UserError."""
+    places = [Endpoint(mirror, name.path, False) for mirror in mirrors] + registriesconf.load().endpoints(name)
+    return _first([partial(_connect, name, at, platform, plain_http) for at in places])
+
+
+def find(text: str, mirrors: Sequence[str], platform: Mapping[str, str], *, plain_http: bool) -> Remote:
+    """The same of what `text` may mean, a name without a host perhaps (`registriesconf`)."""
+    names = registriesconf.load().resolve(text)
+    return _first([partial(connect, name, mirrors, platform, plain_http=plain_http) for name in names])
+
+
+def _connect(name: Name, at: Endpoint, platform: Mapping[str, str], plain_http: bool) -> Remote:
+    registry = Registry(name, plain_http=plain_http, at=at)
+    try:
+        return Remote(registry, platform)
+    except BaseException:
+        registry.close()
+        raise
+
+
+def _first(attempts: Sequence[Callable[[], Remote]]) -> Remote:
+    """What the first gives that is not refused; the last one's failure counts."""
+    for attempt in attempts[:-1]:
+        with contextlib.suppress(RegistryError, BrokenOffError):
+            return attempt()
+    return attempts[-1]()

@@ -149,18 +149,13 @@ def _genuine(key: Any, signature: Signature) -> bool:
 
 
 def sign(path: str, name: str, digest: str, password: bytes | None = None) -> Signature:
-    """Sign a manifest as the image `name` with the private key in `path` (PEM, PKCS #8, encrypted or not)."""
-    from cryptography.hazmat.primitives import hashes, serialization
+    """Sign a manifest as the image `name` with the private key in `path` (`keys`)."""
+    from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 
-    try:
-        with open(path, "rb") as file:
-            key = serialization.load_pem_private_key(file.read(_MAX_KEY), password)
-    except OSError as error:
-        raise UserError(f"{path}: {reason(error)}") from None
-    except (ValueError, TypeError) as error:
-        hint = "PEM in PKCS #8; for an encrypted one the password is taken from $COSIGN_PASSWORD"
-        raise UserError(f"{path}: not a private key that can be used: {error}", hint=hint) from None
+    from unionfsd.images import keys
+
+    key = keys.load(path, password)
     data = payload(name, digest)
     if isinstance(key, ec.EllipticCurvePrivateKey):
         return Signature(data, key.sign(data, ec.ECDSA(hashes.SHA256())))
