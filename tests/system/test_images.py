@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
-import stat
 import subprocess
 import sys
 import tarfile
@@ -21,7 +19,9 @@ import pytest
 from tests import harness
 from tests.harness import PROJECT, run, wait_for
 from tests.system import private
-from tests.trees import describe, fingerprint, walk
+from tests.system.built import SOURCES, Built, view
+from tests.system.built import image as image
+from tests.trees import fingerprint
 from unionfsd.images.store import Store
 
 CONTAINERFILE: Final = """\
@@ -39,91 +39,19 @@ ENV WORD="two words" PATH=/bin
 WORKDIR /data
 CMD ["sh", "-c", "pwd; echo $WORD"]
 """
-SOURCES: Final = ("docker-archive", "oci", "oci-archive", "dir")
 
 
-#: Runs a command where hybrid cgroups do not look like unified ones, which crun takes them for.
-UNIFIED: Final = (
-    *("unshare", "--mount", "--propagation=slave", "sh", "-c"),
-    *('! mountpoint -q /sys/fs/cgroup/unified || umount /sys/fs/cgroup/unified; exec "$@"', "sh"),
-)
-
-
-class Built:
-    """An image built by buildah in a store of containers/storage with native overlay, and written in every form."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self._options = [f"--root={root}/storage", f"--runroot={root}/run", "--storage-driver=overlay"]
-        context = root / "context"
-        context.mkdir()
-        (context / "Containerfile").write_text(CONTAINERFILE)
-        shutil.copy("/bin/busybox", context / "busybox")
-        options = ["--layers", "--isolation=chroot", "--network=host", "--tag=built", "--format=oci"]
-        run("buildah", *self._options, "build", *options, context, seconds=100)
-        for transport in SOURCES:
-            path = root / transport
-            tag = ":tag" if transport.startswith("oci") else ":localhost/app:1" if transport == "docker-archive" else ""
-            self.podman("push", "--quiet", "localhost/built", f"{transport}:{path}{tag}")
-
-    def podman(self, *arguments: str | Path) -> str:
-        words = [*self._options, "--cgroup-manager=cgroupfs", "--events-backend=file", *arguments]
-        return run(*(UNIFIED if arguments[0] == "run" else ()), "podman", *words, seconds=100)
-
-    def manifest(self) -> bytes:
-        """The manifest that the store has of the image."""
-        source = f"containers-storage:[overlay@{self.root}/storage+{self.root}/run]localhost/built"
-        return run("skopeo", "inspect", "--raw", source).encode()
-
-    @contextlib.contextmanager
-    def mounted(self, name: str = "localhost/built") -> Iterator[Path]:
-        """Where podman mounts an image of its store."""
-        where = self.podman("image", "mount", name).strip().splitlines()[-1]
-        try:
-            yield Path(where)
-        finally:
-            self.podman("image", "unmount", name)
+def _busybox(context: Path) -> None:
+    shutil.copy("/bin/busybox", context / "busybox")
 
 
 @pytest.fixture(scope="module")
 def built() -> Iterator[Built]:
     root = Path(tempfile.mkdtemp(prefix="unionfsd-", dir=harness.DISK))
     try:
-        yield Built(root)
+        yield Built(root, CONTAINERFILE, _busybox)
     finally:
         harness.remove(root)
-
-
-@pytest.fixture
-def image(disk: Path) -> Iterator[Any]:
-    """``unionfsctl image`` over a store of its own; the words it printed."""
-    root = disk / "store"
-
-    def image(*words: str | Path, code: int = 0) -> str:
-        verb, *rest = map(str, words)
-        command = [sys.executable, "-m", "unionfsd.ctl", "image", verb, "--root", str(root), *rest]
-        if "crun" in rest:
-            command = [*UNIFIED, *command]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
-        assert done.returncode == code, f"{words}: exit {done.returncode}: {done.stderr}"
-        return done.stdout if code == 0 else done.stderr
-
-    yield image
-    for path in harness.mounts():
-        assert disk not in path.parents, f"{path} is still mounted"
-
-
-def view(root: Path) -> dict[bytes, dict[str, object]]:
-    """Everything a user can tell of a tree but the times of its root, by path."""
-    found = {path[len(os.fsencode(root)) :]: describe(path) for path in walk(root)}
-    del found[b""]  # podman makes the root of a layer that does not describe it 0555, whatever is below
-    for path, facts in found.items():
-        if facts["type"] == stat.S_IFDIR:
-            del facts["mtime_ns"]  # podman makes directories over that a layer only implies
-        full = os.fsencode(root) + path
-        if facts["type"] == stat.S_IFREG:
-            facts["content"] = Path(os.fsdecode(full)).read_bytes()
-    return found
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -306,9 +234,7 @@ def test_what_is_committed_others_load_and_run(built: Built, image: Any, disk: P
     built.podman("load", "--quiet", f"--input={disk}/a.tar")
     with built.mounted("localhost/made:1") as theirs:
         assert view(theirs) == ours
-    options = ["--network=host", "--cgroups=disabled", "--rm", "--security-opt=seccomp=unconfined"]
-    options += ["--runtime=crun", "--ulimit=nofile=1024:1024", "--ulimit=nproc=4096:4096"]
-    assert built.podman("run", *options, "localhost/made:1") == "one\nmore\nadded\n"
+    assert built.run("localhost/made:1") == "one\nmore\nadded\n"
     unpacked = disk / "bundle"
     run("umoci", "unpack", "--image", f"{disk}/oci:1", unpacked, seconds=100)
     umocis = view(unpacked / "rootfs")
