@@ -63,6 +63,33 @@ def test_bash_completes() -> None:
     assert complete("explain", "--") == {"--json", "--help", "--socket"}
     assert complete("log", "--level", "") == {"debug", "info", "warning", "error"}
     assert "/etc" in complete("diff", "/et")
+    assert complete("image", "mo") == {"mount"}
+    assert complete("image", "mount", "--v") == {"--verify"}
+    assert complete("image", "commit", "--compression", "") == {"gzip", "zstd", "none"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "fish"])
+def test_names_of_images_are_completed(shell: str, tmp_path: Path) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell}")
+    (tmp_path / "unionfsctl").write_text(
+        f'#!/bin/sh\necho "$*" >>{tmp_path}/asked\n[ "$2" = ls ] && echo localhost/app || echo work\n'
+    )
+    (tmp_path / "unionfsctl").chmod(0o755)
+    line = ["unionfsctl", "image", "diff", "--root", "/a b", ""]
+    if shell == "bash":
+        words = " ".join(f"'{word}'" for word in line)
+        script = f"{completion.bash()}\nCOMP_WORDS=({words}); COMP_CWORD=5; compopt() {{ :; }}; _unionfsctl"
+        script += '\nprintf "%s\\n" "${COMPREPLY[@]}"'
+    else:
+        script = f"{completion.fish()}\ncomplete -C \"unionfsctl image diff --root '/a b' \""
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    options = ["--no-config"] if shell == "fish" else []
+    done = subprocess.run([shell, *options, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    assert done.stderr == ""
+    assert {"localhost/app", "work"} <= {row.partition("\t")[0] for row in done.stdout.splitlines()}
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert sorted(asked) == ["image containers --quiet --root /a b", "image ls --quiet --root /a b"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -45,6 +45,10 @@ def test_images_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     image("tag", "one", "three:3")
     image("rm", "one")
     assert "three:3" in image("ls")
+    assert set(image("ls", "--quiet").splitlines()) == {"localhost/two:2", "localhost/three:3"}
+    image("create", "three:3", "--name", "work")
+    assert image("containers", "--quiet") == "work\n"
+    image("remove", "work")
     image("rm", "three:3")
     assert json.loads(image("gc", "--json"))["layers"] == [one.chain_ids[1]]
     assert image("verify") == ""
@@ -60,6 +64,11 @@ def test_images_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         (["frobnicate"], 2),
         (["import", "--platform", "linux", "oci:/x"], 2),
         (["start", "../.."], 1),
+        (["umount", "/proc"], 5),
+        (["umount", "/not/there"], 5),
+        (["diff", "none"], 1),
+        (["import", "docker-archive:/etc/passwd"], 2),
+        (["import", "containers-storage:/etc@none"], 2),
     ],
     ids=str,
 )

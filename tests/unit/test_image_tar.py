@@ -22,6 +22,7 @@ from unionfsd.errors import UserError
 from unionfsd.images import tree
 from unionfsd.images.below import Below
 from unionfsd.images.compress import Source, pieces
+from unionfsd.images.inodedigests import InodeDigests
 from unionfsd.images.tarread import HARD_LINK, Limits, Member, TarError, TarReader
 from unionfsd.images.tarwrite import header
 from unionfsd.images.unpack import Unpacker
@@ -448,3 +449,13 @@ def test_a_tree_is_compared_with_its_manifest(unpack: Unpack) -> None:
     assert (found["d/b"], found["new"]) == ("missing", "added")
     assert "target" in found["s"]
     assert "d.x" not in found
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**64 - 1) | st.integers(0, 600), st.binary(min_size=32, max_size=32))))
+def test_digests_of_inodes(added: list[tuple[int, bytes]]) -> None:
+    found = InodeDigests()
+    for number, digest in added:
+        found.add(number, digest)
+    assert len(found) == len(added)
+    for number in [number for number, _ in added] + [5, 256, 2**64 - 1]:
+        assert found.get(number) == dict(added).get(number)

@@ -34,6 +34,7 @@ _NAMES: Final = Argument(
 _PLATFORM: Final = Argument("--platform", "OS/ARCHITECTURE[/VARIANT] (default: this machine's)", {"default": None})
 _JOBS: Final = Argument("--jobs", "layers at once", {"type": int, "default": None})
 _QUIET: Final = Argument("--quiet", "print the result only", {"action": "store_true"})
+_NAMES_ONLY: Final = Argument("--quiet", "print names only", {"action": "store_true"})
 _MAX: Final = Argument(
     "--max-layer", "refuse layers that unpack to more GiB (default: 64)", {"type": int, "default": 64}
 )
@@ -103,7 +104,7 @@ VERBS: Final[tuple[Verb, ...]] = (
         (_IMAGE, Argument("--key", "a public key, in PEM", {"action": "append", "required": True})),
         "image_move",
     ),
-    Verb("ls", "list images", (), "image_show"),
+    Verb("ls", "list images", (_NAMES_ONLY,), "image_show"),
     Verb("inspect", "an image: configuration, layers, where each lies", (_IMAGE,), "image_show"),
     Verb("history", "each layer, with the instruction that made it", (_IMAGE,), "image_show"),
     Verb("tree", "images as a tree of the layers they share", (), "image_show"),
@@ -156,7 +157,7 @@ VERBS: Final[tuple[Verb, ...]] = (
         ),
         "image_run",
     ),
-    Verb("containers", "list containers", (), "image_run"),
+    Verb("containers", "list containers", (_NAMES_ONLY,), "image_run"),
     Verb("remove", "remove a container", (_CONTAINER,), "image_run"),
     Verb(
         "run",

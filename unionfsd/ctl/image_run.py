@@ -111,6 +111,8 @@ def start_(given: argparse.Namespace) -> int:
 
 
 def containers_(given: argparse.Namespace) -> int:
+    if given.quiet:
+        return out(given, [container.name for container in containers.every(store_of(given))], "\n".join)
     return out(given, [_facts(container) for container in containers.every(store_of(given))], _listed)
 
 

@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from unionfsd.ctl import show
-from unionfsd.errors import OK
+from unionfsd.errors import OK, UserError
 from unionfsd.images import collect, compare, containers, reference
 from unionfsd.images.below import Below
-from unionfsd.images.store import Image, Store, default_root
+from unionfsd.images.containers import Container
+from unionfsd.images.store import NOT_FOUND, Image, Store, default_root
 from unionfsd.syscalls import Fd
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ def short(digest: str) -> str:
 
 def ls_(given: argparse.Namespace) -> int:
     store = store_of(given)
+    if given.quiet:
+        names = [name for image in store.images() for name in image.names or (image.digest,)]
+        return out(given, names, "\n".join)
     rows = [
         {
             "names": list(usage.image.names),
@@ -259,16 +263,23 @@ def _damages(value: list[dict[str, Any]]) -> str:
 def diff_(given: argparse.Namespace) -> int:
     store = store_of(given)
     with contextlib.ExitStack() as held:
-        second = _stack(store, given.second or given.first, held)
         if given.second is None:
-            first = _stack_of(store, containers.find(store, given.first).layers)
+            first = _stack_of(store, _container(store, given.first).layers)
         else:
             first = _stack(store, given.first, held)
+        second = _stack(store, given.second or given.first, held)
         rows = [
             {"kind": change.kind, "path": "/" + os.fsdecode(b"/".join(change.path))}
             for change in compare.compare(Below(first), Below(second))
         ]
     return out(given, rows, lambda rows: "\n".join(f"{row['kind']} {show.name(row['path'])}" for row in rows))
+
+
+def _container(store: Store, text: str) -> Container:
+    """The container that is compared with its image."""
+    if any(container.name == text for container in containers.every(store)):
+        return containers.find(store, text)
+    raise UserError(f"{text}: no container", hint="an image is compared with another: name both", code=NOT_FOUND)
 
 
 def _stack(store: Store, text: str, held: contextlib.ExitStack) -> list[Fd]:

@@ -95,7 +95,7 @@ def _like(fd: Fd, st: os.stat_result) -> None:
 def find(store: Store, name: str) -> Container:
     """The container `name`; UserError when there is none."""
     if _NAME.fullmatch(name) is None or syscalls.stat_or_none(store.containers.fd, name.encode()) is None:
-        raise UserError(f"{name}: no such container", hint="unionfsctl image container ls", code=NOT_FOUND)
+        raise UserError(f"{name}: no such container", hint="unionfsctl image containers", code=NOT_FOUND)
     with syscalls.open_dir(store.containers.fd, name.encode()) as fd:
         facts = json.loads(beneath.read_file(fd.fd, _FACTS, 1 << 20))
     directory = os.path.join(store.root, "containers", name)
@@ -215,8 +215,11 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     """Unmount what is mounted on `mountpoint`; UserError when nothing is, or it is in use."""
     path = os.path.realpath(os.path.dirname(mountpoint) or ".")
     path = os.path.join(path, os.path.basename(mountpoint))
-    if not is_mountpoint(path):
+    lines = [line for line in mountinfo.read() if line.path == os.fsencode(path)]
+    if not lines:
         raise UserError(f"{mountpoint}: nothing is mounted there", code=MOUNT)
+    if not lines[-1].fstype.startswith(b"fuse."):
+        raise UserError(f"{mountpoint}: not a mount of unionfsd", hint="umount takes others away", code=MOUNT)
     try:
         flags = syscalls.UMOUNT_NOFOLLOW | (syscalls.MNT_DETACH if lazy else 0)
         syscalls.umount2(path, flags)

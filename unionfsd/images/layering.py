@@ -22,6 +22,7 @@ from unionfsd.images.below import Below
 from unionfsd.images.compress import BrokenOffError, Readable, Verified
 from unionfsd.images.documents import Descriptor
 from unionfsd.images.events import Events
+from unionfsd.images.inodedigests import InodeDigests
 from unionfsd.images.store import Incoming, Layer, Stage, Store
 from unionfsd.images.tarread import Limits, TarReader
 from unionfsd.images.unpack import Unpacker
@@ -137,6 +138,7 @@ class Layering:
                 self._unpack_kept(wanted, unpacker)
                 return
             if incoming.have and self._completed(wanted, incoming):
+                self._events.begin(wanted.label, "unpack", descriptor.size)  # it is read again
                 self._unpack_kept(wanted, unpacker)
                 return
             try:
@@ -262,7 +264,7 @@ class Written(NamedTuple):
     index_digest: str
 
 
-def write_manifest(layer: Fd, diff: Fd, known: dict[int, bytes] | None) -> Written:
+def write_manifest(layer: Fd, diff: Fd, known: InodeDigests | None) -> Written:
     """Write the tree manifest of `diff`, and its index, into the directory `layer`."""
     import zstandard
 

@@ -19,6 +19,7 @@ from unionfsd.images.archives import Archive
 from unionfsd.images.compress import Readable
 from unionfsd.images.documents import Config, Descriptor, Manifest
 from unionfsd.images.reference import Place
+from unionfsd.images.tarread import TarError
 from unionfsd.syscalls import Fd
 
 _CONTAINERD_NAME: Final = "io.containerd.image.name"
@@ -471,7 +472,10 @@ def open_source(text: str, spool: Fd, platform: Mapping[str, str] | None = None)
     place = reference.place(text) or guess(text, spool)
     if place.transport not in _OPENERS:
         raise UserError(f"{place}: cannot be imported from there", hint="unionfsctl image pull takes docker://")
-    return Opened(place, _OPENERS[place.transport](place, platform or here(), spool))
+    try:
+        return Opened(place, _OPENERS[place.transport](place, platform or here(), spool))
+    except TarError as error:
+        raise UserError(f"{place}: not an archive that can be read: {error.message}") from None
 
 
 def guess(path: str, spool: Fd) -> Place:

@@ -14,12 +14,13 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
 from unionfsd import format as fmt
 from unionfsd import syscalls, treeindex
 from unionfsd.images import beneath
+from unionfsd.images.inodedigests import InodeDigests
 from unionfsd.listing import DT_UNKNOWN, dt_type
 from unionfsd.syscalls import Fd
 
@@ -55,7 +56,7 @@ def line(entry: Entry) -> bytes:
     return json.dumps(entry, separators=(",", ":")).encode() + b"\n"
 
 
-def entries(root: Fd, digests: Mapping[int, bytes] | None = None) -> Iterator[Entry]:
+def entries(root: Fd, digests: InodeDigests | None = None) -> Iterator[Entry]:
     """The same as objects. `digests` are of files by inode number; files not in it are read."""
     yield _entry("", root, os.fstat(root.fd), digests)
     for path, directory, name, st in beneath.walk(root):
@@ -63,7 +64,7 @@ def entries(root: Fd, digests: Mapping[int, bytes] | None = None) -> Iterator[En
             yield _entry(os.fsdecode(b"/".join(path)), fd, st, digests)
 
 
-def _entry(path: str, fd: Fd, st: os.stat_result, digests: Mapping[int, bytes] | None) -> Entry:
+def _entry(path: str, fd: Fd, st: os.stat_result, digests: InodeDigests | None) -> Entry:
     kind = stat.S_IFMT(st.st_mode)
     entry: Entry = {
         "path": path,

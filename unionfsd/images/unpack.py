@@ -23,6 +23,7 @@ from unionfsd import format as fmt
 from unionfsd import syscalls
 from unionfsd.images.below import Below
 from unionfsd.images.beneath import Path, Tree
+from unionfsd.images.inodedigests import InodeDigests
 from unionfsd.images.tarread import HARD_LINK, Extent, Limits, Member, TarError, TarReader
 from unionfsd.syscalls import Fd
 
@@ -72,7 +73,7 @@ class Unpacker:
         self._directories: dict[Path, Attributes | None] = {(): None}
         self._whiteouts: set[Path] = set()
         self._opaque: set[Path] = set()
-        self.digests: dict[int, bytes] = {}
+        self.digests = InodeDigests()
         self.size = 0
         self.notes: Counter[str] = Counter()
 
@@ -192,7 +193,7 @@ class Unpacker:
                 _hash_zeros(made, member.size - at)
                 syscalls.truncate(fd.fd, member.size)
             self._finish(fd.fd, stat.S_IFREG, member)
-            self.digests[os.fstat(fd.fd).st_ino] = made.digest()
+            self.digests.add(os.fstat(fd.fd).st_ino, made.digest())
 
     @staticmethod
     def _create(directory: Fd, name: bytes) -> Fd:
@@ -236,7 +237,7 @@ class Unpacker:
                 self.notes["device kept as a file"] += 1
             self._finish(fd.fd, kind, member)
             if kind == stat.S_IFREG:
-                self.digests[os.fstat(fd.fd).st_ino] = hashlib.sha256().digest()
+                self.digests.add(os.fstat(fd.fd).st_ino, hashlib.sha256().digest())
 
     @staticmethod
     def _make_node(directory: Fd, name: bytes, kind: int, rdev: int) -> None:
@@ -322,6 +323,7 @@ class Unpacker:
             found = self._directories[path] or _inherited(below, path)
             self._finish(self._tree.directory(path).fd, stat.S_IFDIR, found)
         self._tree.close()
+        self._directories.clear()  # what is still to be done with the layer takes room, too
 
     def _make_opaque(self, path: Path, below: Below) -> bool:
         if not below.directory(path) or not self._reach(path):
