@@ -16,10 +16,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from tests.images import Made, directory, member, tar
 from tests.union.client import Client
 from unionfsd.errors import UserError
-from unionfsd.images import admission, checked, collect, containers, importing, policy, sources, trust
+from unionfsd.images import admission, checked, collect, containers, importing, layering, policy, sources, trust
 from unionfsd.images import digest as digests
 from unionfsd.images.store import Store
 from unionfsd.options import parse
+from unionfsd.syscalls import Fd
 from unionfsd.union import Union
 
 NAME: Final = "example.com/app:1"
@@ -180,3 +181,28 @@ def test_a_layer_from_before_there_were_indices_gets_one(kept: Kept) -> None:
     kept.union().close()
     assert (kept.layer(0) / "tree.index").read_bytes() == before
     assert os.listdir(Path(kept.store.root) / "stage") == []
+
+
+def forged(kept: Kept) -> None:
+    """A layer that was changed with all that the store says of it."""
+    hosts, facts = kept.layer(1) / "diff" / "etc" / "hosts", kept.layer(1) / "layer.json"
+    hosts.write_bytes(b"forged")
+    hosts.chmod(0o4755)
+    for name in ("tree.zst", "tree.index"):
+        (kept.layer(1) / name).unlink()
+    with Fd(os.open(kept.layer(1), os.O_PATH)) as layer, Fd(os.open(kept.layer(1) / "diff", os.O_PATH)) as diff:
+        written = layering.write_manifest(layer, diff, None)
+    edit(facts, lambda found: found.update(tree=written.tree_digest, index=written.index_digest))
+
+
+def test_a_forged_layer_is_not_what_its_blob_makes(kept: Kept) -> None:
+    image = kept.store.image(NAME)
+    assert list(collect.verify(kept.store, image, unpack=True)) == []
+    forged(kept)
+    assert list(collect.verify(kept.store, image)) == []
+    (damage,) = collect.verify(kept.store, image, unpack=True)
+    assert (damage.where, damage.path) == (kept.made.chain_ids[1], "etc/hosts")
+    assert {"mode", "sha256", "size"} <= set(damage.what.partition(": ")[2].split(", "))
+    assert os.listdir(Path(kept.store.root) / "stage") == []
+    Path(kept.store.blob_path(digests.of(kept.made.blobs[1]))).unlink()
+    assert "blob" in next(collect.verify(kept.store, image, unpack=True)).what

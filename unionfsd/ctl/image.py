@@ -115,7 +115,10 @@ VERBS: Final[tuple[Verb, ...]] = (
     Verb(
         "verify",
         "read everything again and compare it with what was imported",
-        (Argument("images", "images (default: all)", {"nargs": "*", "metavar": "image"}),),
+        (
+            Argument("images", "images (default: all)", {"nargs": "*", "metavar": "image"}),
+            Argument("--unpack", "unpack every layer again beside it, and compare that, too", {"action": "store_true"}),
+        ),
         "image_show",
     ),
     Verb(

@@ -250,7 +250,7 @@ def _used(rows: list[dict[str, Any]]) -> str:
 def verify_(given: argparse.Namespace) -> int:
     store = store_of(given)
     images = [store.image(text) for text in given.images] or store.images()
-    found = {damage: None for image in images for damage in collect.verify(store, image)}
+    found = {damage: None for image in images for damage in collect.verify(store, image, unpack=given.unpack)}
     value = [{"where": damage.where, "path": damage.path, "what": damage.what} for damage in found]
     out(given, value, _damages)
     return DAMAGED if found else OK

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from unionfsd import syscalls
 from unionfsd.errors import BUSY, UserError
-from unionfsd.images import containers, layering, tree, trust
+from unionfsd.images import containers, importing, layering, tree, trust
+from unionfsd.images.below import Below
 from unionfsd.images.compress import Verified
 from unionfsd.images.store import At, Image, Store, layer_name, possible_names
 from unionfsd.syscalls import Fd
@@ -104,8 +105,13 @@ class Damage(NamedTuple):
     what: str
 
 
-def verify(store: Store, image: Image, seen: Callable[[str], None] = lambda what: None) -> Iterator[Damage]:
-    """Everything of an image that is not what it was: documents, blobs, and every file of every layer, read again."""
+def verify(
+    store: Store, image: Image, seen: Callable[[str], None] = lambda what: None, *, unpack: bool = False
+) -> Iterator[Damage]:
+    """Everything of an image that is not what it was: documents, blobs, and every file of every layer, read again.
+
+    With `unpack` the manifests of trees, too, which are made again of the blobs.
+    """
     for layer in image.manifest.layers:
         if store.has_blob(layer.digest):
             seen(layer.digest)
@@ -113,6 +119,24 @@ def verify(store: Store, image: Image, seen: Callable[[str], None] = lambda what
     for chain in image.config.chain_ids:
         seen(chain)
         yield from verify_layer(store, chain)
+    if unpack:
+        for wanted in importing.wanted(image.manifest, image.config):
+            seen(wanted.chain)
+            yield from _verify_by_blob(store, wanted, image.config.chain_ids)
+
+
+def _verify_by_blob(store: Store, wanted: layering.Wanted, chains: Sequence[str]) -> Iterator[Damage]:
+    """Where the manifest of a layer's tree says otherwise than the layer's blob, unpacked beside it."""
+    if not store.has_blob(wanted.descriptor.digest):
+        yield Damage(wanted.chain, "", "its blob was not kept: it cannot be unpacked again")
+        return
+    below = [store.open_diff(chain) for chain in reversed(chains[: chains.index(wanted.chain)])]
+    try:
+        with layering.unpacked(store, wanted, Below(below)) as again:
+            for difference in tree.compare(layering.read_manifest(store, wanted.chain), again):
+                yield Damage(wanted.chain, difference.path, f"not as in its blob: {difference.what}")
+    except UserError as error:
+        yield Damage(wanted.chain, "", error.message)
 
 
 def _verify_blob(store: Store, digest: str, size: int) -> Iterator[Damage]:

@@ -10,6 +10,7 @@ from typing import Final
 from unionfsd import syscalls
 from unionfsd.errors import UserError
 from unionfsd.images import reference
+from unionfsd.images.documents import Config, Manifest
 from unionfsd.images.events import Events
 from unionfsd.images.layering import CancelledError, Fetched, Layering, Wanted
 from unionfsd.images.sources import Source
@@ -40,12 +41,12 @@ def import_image(
     What is interrupted leaves whole layers and parts of blobs behind, so that the next attempt goes on with them.
     UserError for an image that is not what it says it is; then it has no name, and what is wrong was not kept.
     """
-    wanted = layers_of(source)
+    layers = layers_of(source)
     with into.lock(shared=True):
         into.sweep()
         allowed(source)
         layering = Layering(into, source.blob, limits or Limits(), events or Events(), keep_blobs=keep_blobs)
-        _make(layering, wanted, at_once or jobs())
+        _make(layering, layers, at_once or jobs())
         into.add_document(source.config.raw)
         into.add_document(source.manifest.raw)
         syscalls.syncfs(into.fd.fd)
@@ -56,12 +57,17 @@ def import_image(
 
 def layers_of(source: Source) -> list[Wanted]:
     """The layers of an image, the lowest first; UserError when manifest and configuration disagree."""
-    layers, diff_ids = source.manifest.layers, source.config.diff_ids
+    return wanted(source.manifest, source.config)
+
+
+def wanted(manifest: Manifest, config: Config) -> list[Wanted]:
+    """The same of its documents."""
+    layers, diff_ids = manifest.layers, config.diff_ids
     if len(layers) != len(diff_ids):
         raise UserError(f"the manifest has {len(layers)} layers, the configuration {len(diff_ids)}")
     if not layers:
         raise UserError("the image has no layers", hint="it may be an artifact that is no container image")
-    chains = source.config.chain_ids
+    chains = config.chain_ids
     return [
         Wanted(layer, diff_id, chain, parent)
         for layer, diff_id, chain, parent in zip(layers, diff_ids, chains, (None, *chains[:-1]), strict=True)

@@ -6,6 +6,7 @@ directories look that it only implies, depends on the layers below it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -131,7 +132,7 @@ class Layering:
             raise UserError(f"{descriptor.digest}: an encrypted layer")
         if not self._keep:
             stream = Verified(self._open(descriptor, 0), descriptor.digest, descriptor.size, self._seen(wanted.label))
-            self._unpack_stream(wanted, stream, unpacker)
+            self.unpack_stream(wanted, stream, unpacker)
             return
         with self._store.incoming(descriptor.digest) as incoming:
             if incoming.complete:
@@ -142,7 +143,7 @@ class Layering:
                 self._unpack_kept(wanted, unpacker)
                 return
             try:
-                self._unpack_stream(wanted, _Iterated(self._kept(wanted, incoming)), unpacker)
+                self.unpack_stream(wanted, _Iterated(self._kept(wanted, incoming)), unpacker)
             except (BrokenOffError, CancelledError):
                 raise
             except BaseException:
@@ -153,7 +154,7 @@ class Layering:
         descriptor = wanted.descriptor
         with self._store.open_blob(descriptor.digest) as fd:
             stream = Verified(store.At(fd.fd, 0), descriptor.digest, descriptor.size, self._seen(wanted.label))
-            self._unpack_stream(wanted, stream, unpacker)
+            self.unpack_stream(wanted, stream, unpacker)
 
     def _completed(self, wanted: Wanted, incoming: Incoming) -> bool:
         """Go on with a blob that was begun once; False when what there was, was wrong, and is gone."""
@@ -189,7 +190,8 @@ class Layering:
         incoming.commit(verified=True)
 
     @staticmethod
-    def _unpack_stream(wanted: Wanted, stream: Readable, unpacker: Unpacker) -> None:
+    def unpack_stream(wanted: Wanted, stream: Readable, unpacker: Unpacker) -> None:
+        """Make the objects that are in the blob `stream`; UserError unless it has the DiffID."""
         algorithm = digests.split(wanted.diff_id)[0]
         with compress.Ahead(compress.pieces(stream)) as found:
             source = compress.Source(found, unpacker._limits.size * 2, algorithm=algorithm)
@@ -223,6 +225,21 @@ class Layering:
             self._store.publish_layer(stage, wanted.chain)
         for note, count in fetched.unpacker.notes.items():
             self._events.note(f"{wanted.label}: not kept as it was, {count} times: {note}")
+
+
+@contextlib.contextmanager
+def unpacked(into: Store, wanted: Wanted, below: Below) -> Iterator[Iterator[bytes]]:
+    """The manifest of the tree that a layer's blob, which the store has, makes now; there for as long as it lasts."""
+    with into.lock(shared=True), into.make(b"again-" + store.layer_name(wanted.chain)) as stage:
+        beneath.remove(stage.fd.fd, b"diff")
+        syscalls.mkdir_at(stage.fd.fd, b"diff", 0o755)
+        diff = syscalls.open_dir(stage.fd.fd, b"diff")
+        unpacker = Unpacker(diff, Limits())
+        with into.open_blob(wanted.descriptor.digest) as fd:
+            stream = Verified(store.At(fd.fd, 0), wanted.descriptor.digest, wanted.descriptor.size)
+            Layering.unpack_stream(wanted, stream, unpacker)
+        unpacker.finish(below)
+        yield map(tree.line, tree.entries(diff, unpacker.digests))
 
 
 class _Tee:

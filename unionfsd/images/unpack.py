@@ -344,6 +344,8 @@ class Unpacker:
             with syscalls.create_at(directory.fd, path[-1], 0o600) as fd:
                 self._mark(fd.fd, fmt.WHITEOUT_NAMES, fmt.OPAQUE_YES)
             self._mark(directory.fd, fmt.OPAQUE_NAMES, fmt.OPAQUE_XWHITEOUTS)
+        with syscalls.open_object(directory.fd, path[-1]) as fd:
+            syscalls.utimens(fd.fd, 0, 0)  # so that a layer is the same whenever it is unpacked
         return True
 
     def _reach(self, path: Path) -> bool:
