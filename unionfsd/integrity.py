@@ -23,7 +23,7 @@ from . import syscalls, treeindex
 from .events import Events
 from .fdcache import FdCache
 from .layers import LayerStack, LowerDir, exists
-from .listing import DT_UNKNOWN, dt_type, entry_type
+from .listing import DT_UNKNOWN, entry_type
 from .metrics import Counters
 from .steps import Blocking, Op
 from .syscalls import Fd
@@ -63,17 +63,21 @@ class Integrity:
 
     # What is where.
 
-    def resolved(self, lowers: tuple[LowerDir, ...], name: bytes, found: tuple[LowerDir, ...]) -> None:
-        """See that the search for `name` in `lowers` was right to go on as far as the layer of `found`, or to the end.
+    def resolved(
+        self, lowers: tuple[LowerDir, ...], name: bytes, found: tuple[LowerDir, ...], *, directory: bool
+    ) -> None:
+        """See that the search for `name` in `lowers` was right to find `found`, directories or what has something else.
 
         EIO for a name that a layer must have and has not, and for a whiteout that must not be there.
         """
-        end = found[0].layer if found else None
+        left = [at.layer for at in found]
         for lower in lowers:
-            if lower.layer is end:
-                return
-            if self._has(lower, name) or self._has(lower, fmt.wh_name(name)):
-                return  # a whiteout, and rightly so
+            if left and lower.layer is left[0]:
+                del left[0]
+                if not left and (not directory or found[-1].marks(self._fds).opaque):
+                    return
+            elif self._has(lower, name) or self._has(lower, fmt.wh_name(name)):
+                return  # a whiteout, or something that ends a directory, and rightly so
 
     def _has(self, lower: LowerDir, name: bytes) -> bool:
         """Whether `name` is in `lower`, where it is just as it must be; EIO where it is not."""
@@ -217,8 +221,3 @@ def integrity(stack: LayerStack, fds: FdCache, counters: Counters, events: Event
 def _path(lower: LowerDir, name: bytes) -> bytes:
     names = lower.components()
     return b"/".join((*names, name) if name else names)
-
-
-def type_of(mode: int, device: int) -> int:
-    """What `treeindex.Children` says of an object that is no xattr whiteout."""
-    return treeindex.WHITEOUT if fmt.is_whiteout_device(mode, device) else dt_type(mode)

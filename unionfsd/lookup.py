@@ -70,12 +70,11 @@ class Resolver:
         self, stack: LayerStack, fds: FdCache, *, follow_redirects: bool, metacopy: bool = False, verity: Verity = "off"
     ) -> None:
         """`metacopy`: data of files is looked for in lowers, too. `verity`: what is done about its digest."""
-        #: Set where names of one lower object are kept together.
+        #: Set where names of one lower object are kept together, and where lowers are checked.
         self.index: Index | None = None
+        self.integrity: Integrity | None = None
         #: The directory where objects without a name are kept, if anywhere.
         self.kept_in = -1
-        #: Set where lowers are checked against what they must hold.
-        self.integrity: Integrity | None = None
         self.follow_redirects = follow_redirects
         self.metacopy = metacopy
         self.verity = verity
@@ -249,9 +248,10 @@ class Resolver:
         """What the lowers of `parent` say of `name`; EIO where they are checked, and are not what they must be."""
         if self.integrity is not None:
             found = () if hit is None else hit.entry.lowers
+            directory = hit is not None and stat.S_ISDIR(hit.st.st_mode)
             if parent.lower_names is None:
-                self.integrity.resolved(parent.entry.lowers, name, found)
-            if hit is not None and stat.S_ISDIR(hit.st.st_mode):
+                self.integrity.resolved(parent.entry.lowers, name, found, directory=directory)
+            if directory:
                 self.integrity.directories(found)
             elif hit is not None and hit.entry.index is None:
                 self.integrity.leaf(found[0], name)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from unionfsd import changes, explain, holders, metrics, refresh, syscalls
 from unionfsd.control.protocol import Json
+from unionfsd.options.text import TreeFile
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -211,4 +212,6 @@ def options(config: MountConfig) -> dict[str, Json]:
 def _plain(value: Any) -> Json:
     if isinstance(value, bytes):
         return text(value)
+    if isinstance(value, TreeFile):
+        return text(value.path if value.digest is None else value.digest.hex().encode() + b"@" + value.path)
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
