@@ -11,9 +11,11 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from tests.images import Made, files, write
 from unionfsd.errors import UserError
+from unionfsd.images import admission, keys, policy, sources, trust
 from unionfsd.images import digest as digests
-from unionfsd.images import keys, trust
+from unionfsd.images.store import Store
 from unionfsd.images.trust import Signature, UntrustedError
 
 #: By cosign 2, with an empty password (conforma/cli, internal/validate/vsa).
@@ -152,3 +154,35 @@ def test_a_signature_of_cosign(tmp_path: Path) -> None:
     ):
         with pytest.raises(UntrustedError):
             trust.verify([signature], [str(key)], about, [name])
+
+
+def file_of(signature: Signature) -> bytes:
+    """The file in ``dir:``, as containers/image's fixture has it."""
+    document = {
+        "mimeType": "application/vnd.dev.cosign.simplesigning.v1+json",
+        "payload": base64.b64encode(signature.payload).decode(),
+        "annotations": {"dev.cosignproject.cosign/signature": base64.b64encode(signature.signature).decode()},
+    }
+    return b"\0sigstore-json\n" + json.dumps(document, separators=(",", ":")).encode()
+
+
+def test_signatures_beside_an_image_in_a_directory(tmp_path: Path) -> None:
+    assert trust.in_file(file_of(SIGNED)) == SIGNED
+    for raw in (b"", b"\0sigstore-json\n", b"\0sigstore-json\n{}", file_of(SIGNED)[1:], b"\xa3 of GnuPG"):
+        assert trust.in_file(raw) is None
+    made = Made([files({"a": b"1"})])
+    private, public = keys.generate(str(tmp_path / "mine"), b"")
+    where = write(tmp_path / "dir", made.dir_files())
+    rules = policy.Policy((policy.Rule("example.com/*", "signed", (public,)),), "reject", "policy")
+    store = Store(str(tmp_path / "store"))
+    for signature in (None, SIGNED, trust.sign(private, "example.com/app:1", made.digest)):
+        if signature is not None:
+            (where / "signature-1").write_bytes(b"of GnuPG, which counts for nothing here")
+            (where / "signature-2").write_bytes(file_of(signature))
+        source = sources.open_source(f"dir:{where}", store.stage).source
+        if signature in (None, SIGNED):
+            with pytest.raises(UntrustedError):
+                admission.admit(store, source, ["example.com/app:1"], rules)
+        else:
+            admission.admit(store, source, ["example.com/app:1"], rules)
+            assert trust.kept(store, made.digest) == [signature]

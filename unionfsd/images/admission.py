@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from unionfsd.images import checked, documents, pushing, trust
 from unionfsd.images import digest as digests
+from unionfsd.images.blobs import FlatBlobs
 from unionfsd.images.policy import Policy
 from unionfsd.images.registry import Remote
 from unionfsd.images.sources import Resolved, Source
@@ -21,6 +22,8 @@ def signatures_of(source: Source) -> list[Signature]:
         if digests.of(source.top) != digest:
             found += pushing.signatures(source.registry, digests.of(source.top), source.top)
         return found
+    if isinstance(source, Resolved) and isinstance(source.blobs, FlatBlobs):
+        return [each for raw in source.blobs.signatures() if (each := trust.in_file(raw)) is not None]
     return _in_layout(source, digest) if isinstance(source, Resolved) else []
 
 

@@ -23,7 +23,7 @@ import httpx
 
 from unionfsd import __version__
 from unionfsd.errors import UserError
-from unionfsd.images import auth, documents, registriesconf, sources
+from unionfsd.images import auth, blobs, documents, registriesconf, sources
 from unionfsd.images import digest as digests
 from unionfsd.images.auth import Credentials
 from unionfsd.images.compress import CHUNK, BrokenOffError, Readable
@@ -227,7 +227,7 @@ class Registry:
 
     def document(self, digest: str) -> bytes:
         """A small blob; verified by the caller."""
-        return sources.small(self.open(digest), digest)
+        return blobs.small(self.open(digest), digest)
 
     def nested(self, digest: str) -> bytes:
         """A manifest that an index names."""

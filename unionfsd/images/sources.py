@@ -11,11 +11,11 @@ import platform as machine
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple, Protocol
 
-from unionfsd import syscalls
 from unionfsd.errors import UserError, reason
 from unionfsd.images import archives, beneath, compress, documents, pack, reference
 from unionfsd.images import digest as digests
 from unionfsd.images.archives import Archive
+from unionfsd.images.blobs import ArchiveBlobs, Blobs, DirectoryBlobs, FlatBlobs, open_directory
 from unionfsd.images.compress import Readable
 from unionfsd.images.documents import Config, Descriptor, Manifest
 from unionfsd.images.reference import Place
@@ -59,17 +59,6 @@ class Source(Protocol):
         """The bytes of a layer from `start` on, yet to be verified."""
 
 
-class Blobs(Protocol):
-    """A place with blobs by digest."""
-
-    def open(self, digest: str) -> Readable: ...
-
-    def document(self, digest: str) -> bytes: ...
-
-    def nested(self, digest: str) -> bytes:
-        """A manifest that an index names, which registries keep apart from blobs."""
-
-
 class Resolved:
     """An image in a place with blobs by digest, found by its manifest or by an index it is in."""
 
@@ -104,77 +93,6 @@ def verified(data: bytes, descriptor: Descriptor) -> bytes:
 
 
 # An OCI layout, as a directory or in an archive; and skopeo's directories.
-
-
-class DirectoryBlobs:
-    """Blobs in a directory of an OCI layout, reached without following a symlink."""
-
-    def __init__(self, path: str) -> None:
-        self.fd = _open_directory(path)
-
-    def open(self, digest: str) -> Readable:
-        algorithm, name = digests.split(digest)
-        try:
-            directory = beneath.Tree(self.fd).directory((b"blobs", algorithm.encode()))
-            return archives.stream(syscalls.open_data(directory.fd, name.encode(), os.O_RDONLY))
-        except OSError as error:
-            raise UserError(f"{digest}: {reason(error)}") from None
-
-    def document(self, digest: str) -> bytes:
-        return small(self.open(digest), digest)
-
-    nested = document
-
-
-class ArchiveBlobs:
-    """Blobs of an OCI layout in an archive."""
-
-    def __init__(self, archive: Archive) -> None:
-        self._archive = archive
-
-    def open(self, digest: str) -> Readable:
-        return self._archive.open("blobs/" + digest.replace(":", "/"))
-
-    def document(self, digest: str) -> bytes:
-        return small(self.open(digest), digest)
-
-    nested = document
-
-
-class FlatBlobs:
-    """Blobs of ``dir:``, files by the digits of their digests."""
-
-    def __init__(self, fd: Fd) -> None:
-        self._fd = fd
-
-    def open(self, digest: str) -> Readable:
-        try:
-            return archives.stream(syscalls.open_data(self._fd.fd, digests.split(digest)[1].encode(), os.O_RDONLY))
-        except OSError as error:
-            raise UserError(f"{digest}: {reason(error)}") from None
-
-    def document(self, digest: str) -> bytes:
-        return small(self.open(digest), digest)
-
-    nested = document
-
-
-def small(stream: Readable, what: str) -> bytes:
-    """All of a small stream; UserError for a large one."""
-    data = b""
-    while len(data) <= documents.MAX_DOCUMENT:
-        piece = stream.read(documents.MAX_DOCUMENT + 1 - len(data))
-        if not piece:
-            return data
-        data += piece
-    raise UserError(f"{what}: too large for a document")
-
-
-def _open_directory(path: str) -> Fd:
-    try:
-        return Fd(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-    except OSError as error:
-        raise UserError(f"{path}: {reason(error)}") from None
 
 
 def _layout(blobs: Blobs, index: bytes, place: Place, platform: Mapping[str, str]) -> Source:
@@ -242,7 +160,7 @@ def _oci_archive(place: Place, platform: Mapping[str, str], spool: Fd) -> Source
 
 
 def _dir(place: Place, platform: Mapping[str, str], spool: Fd) -> Source:
-    fd = _open_directory(place.where)
+    fd = open_directory(place.where)
     try:
         raw = beneath.read_file(fd.fd, b"manifest.json", documents.MAX_DOCUMENT)
     except OSError as error:
@@ -423,7 +341,7 @@ def _tar(place: Place, platform: Mapping[str, str], spool: Fd) -> Source:
 
 
 def _root(place: Place, platform: Mapping[str, str], spool: Fd) -> Source:
-    fd = _open_directory(place.where)
+    fd = open_directory(place.where)
     made = archives.spooled(pack.directory(fd), spool)
     return _one_layer(made, f"import of {os.path.basename(place.where.rstrip('/'))}", platform)
 

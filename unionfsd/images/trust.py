@@ -25,6 +25,7 @@ PAYLOAD: Final = "application/vnd.dev.cosign.simplesigning.v1+json"
 ARTIFACT: Final = "application/vnd.dev.cosign.artifact.sig.v1+json"
 ANNOTATION: Final = "dev.cosignproject.cosign/signature"
 _TYPES: Final = ("cosign container image signature", "atomic container signature")
+_SIGSTORE: Final = b"\0sigstore-json\n"
 _MAX_KEY: Final = 1 << 16
 _MAX_SIGNATURES: Final = 100
 _DIRECTORY: Final = b"signatures"
@@ -111,6 +112,23 @@ def read(raw: bytes, blobs: Blobs, index: bytes | None = None) -> list[Signature
             if digests.matches(layer.digest, data):
                 found.append(Signature(data, base64.b64decode(layer.annotations[ANNOTATION], validate=True), index))
     return found
+
+
+def in_file(raw: bytes) -> Signature | None:
+    """The signature in a file that skopeo writes into ``dir:`` (containers/image, internal/signature); None for others.
+
+    One that is damaged is none: it convinces nobody.
+    """
+    if not raw.startswith(_SIGSTORE):
+        return None
+    with contextlib.suppress(binascii.Error, ValueError, TypeError, UserError):
+        document = documents.load(raw.removeprefix(_SIGSTORE), "signature")
+        made = (document.get("annotations") or {}).get(ANNOTATION)
+        if document.get("mimeType") == PAYLOAD and isinstance(made, str):
+            return Signature(
+                base64.b64decode(document["payload"], validate=True), base64.b64decode(made, validate=True)
+            )
+    return None
 
 
 # Keys.
