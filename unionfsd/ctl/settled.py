@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from unionfsd.images.store import Store
 
 #: Seconds after which a mount thaws by itself, should we be killed.
-_FREEZE: Final = 3600.0
+_FREEZE: Final = 600.0
 
 
 @contextlib.contextmanager
@@ -50,9 +50,21 @@ def settled(store: Store, container: Container) -> Iterator[None]:
         try:
             yield
         finally:
-            if frozen:
-                with contextlib.suppress(GoneError):  # unmounted meanwhile
-                    client.call("thaw")
+            lasted = not frozen or _thaw(client)
+        if not lasted:
+            raise UserError(
+                f"{container.name}: it was changed again while it was read, which took too long",
+                hint="unmount it first",
+                code=BUSY,
+            )
+
+
+def _thaw(client: Client) -> bool:
+    """Let changes begin again; whether none could until now."""
+    try:
+        return bool(client.call("thaw")["frozen_for"])
+    except GoneError:  # unmounted meanwhile
+        return True
 
 
 def _socket(container: Container) -> bytes | None:
