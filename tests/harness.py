@@ -317,8 +317,10 @@ class Daemon(Mount):
         upper: bool = True,
         log_policy: LogPolicy | None = None,
         patience: float = 60,
+        program: Sequence[str] = (),
     ) -> None:
         super().__init__(layers, patience)
+        self.program = program or self.program
         self._options = [layers.options(upper=upper), *options]
         self._policy = log_policy or LogPolicy()
         self._lowers: dict[Path, dict[bytes, tuple[object, ...]]] = {}
