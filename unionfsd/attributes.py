@@ -58,6 +58,12 @@ class SetAttr(NamedTuple):
     mtime_ns: int | None = None
     writeback: bool = False
 
+    @property
+    def only_cuts(self) -> bool:
+        """Whether there is nothing but a size."""
+        rest = (self.mode, self.uid, self.gid, self.atime_ns, self.mtime_ns)
+        return self.size is not None and rest.count(None) == len(rest)
+
     def fields(self) -> tuple[str, ...]:
         """What somebody asked to change."""
         if self.writeback:
@@ -173,8 +179,9 @@ class Attributes:
         if change.size is not None:
             fd = yield from self._handles.writable(node)
             syscalls.truncate(fd.fd, change.size)
-        with self._resolver.open_object(node) as fd:
-            self._apply(fd.fd, self._form(node), change)
+        if not change.only_cuts:
+            with self._resolver.open_object(node) as fd:
+                self._apply(fd.fd, self._form(node), change)
         if isinstance(node, DirNode):
             node.heritage = None
         return self.get(node)

@@ -9,8 +9,7 @@ The rules (Documentation/filesystems/overlayfs.rst, fs/overlayfs/namei.c):
   from the root of those layers. Names on that path are looked up by these same rules.
 - A file with the mark metacopy has its data in the next layer below that has it, under the same name or that of its
   redirect; from the root, also in a data-only layer.
-- A directory of the upper has in the union the very path it has in the upper; a lower directory is a chain of names of
-  its own, whatever the union calls it.
+- An upper directory has the very path that it has in the union; a lower one a chain of names of its own.
 
 A name in lowers costs no system call per layer once the lowers of the directory were read (`LowerNames`): small
 directories are read at the first question, large ones when questions repeat.
@@ -28,6 +27,7 @@ from typing import Final, NamedTuple
 from . import format as fmt
 from . import listing, syscalls
 from .entries import UPPER, Entry, Source
+from .errors import SCARCE
 from .fdcache import FdCache
 from .index import Index
 from .inodes import DirNode, Node
@@ -35,7 +35,6 @@ from .integrity import Integrity
 from .layers import DataMarks, LayerStack, LowerDir, exists, optional_xattr, read_data_marks, read_marks
 from .listing import DT_DIR, DT_REG, DT_UNKNOWN, Listing, LowerNames, UpperNames, merge, read_lowers, read_upper
 from .options import Verity
-from .syscalls import stat_or_none
 from .workdir import is_whiteout, kept_name
 
 log = logging.getLogger(__name__)
@@ -169,15 +168,16 @@ class Resolver:
 
         EIO when it is nowhere, or may not be followed. Of a file without a name it has to be known before it lost it.
         """
-        entry = node.entry
-        if entry.data is not None:
-            return entry.data
+        if node.entry.data is not None:
+            return node.entry.data
         try:
             marks = read_data_marks(fd)
             if marks is None:
                 return None
             source = None if node.unlinked else self._data_of(node, marks)
         except OSError as exc:
+            if exc.errno in SCARCE:
+                raise
             log.error("%r: where its data is (metacopy) cannot be found out: %s", node.name, exc)
             raise OSError(errno.EIO, os.strerror(errno.EIO)) from exc
         if source is None:
@@ -187,7 +187,7 @@ class Resolver:
         if self.verity == "require" and source.digest is None:
             log.error("%r: no digest was recorded of its data, and verity=require", node.name)
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        node.entry = entry.with_data(source)
+        node.entry = node.entry.with_data(source)
         return source
 
     def _data_of(self, node: Node, marks: DataMarks) -> Source | None:
@@ -211,7 +211,7 @@ class Resolver:
                 dirs = self._walk(roots, redirect.names[:-1])
         for index, lower in enumerate(dirs if self.metacopy else ()):
             dirfd = lower.open(self.fds)
-            st = stat_or_none(dirfd, name)
+            st = syscalls.stat_or_none(dirfd, name)
             if st is not None:
                 if not stat.S_ISREG(st.st_mode) or is_whiteout(
                     dirfd, name, st, xwhiteouts=lower.marks(self.fds).xwhiteouts
@@ -237,7 +237,7 @@ class Resolver:
         entry = parent.entry
         if entry.upper:
             dirfd = self.upper_dir(parent)
-            st = stat_or_none(dirfd, name)
+            st = syscalls.stat_or_none(dirfd, name)
             if st is not None:
                 return self._upper_hit(parent, dirfd, name, st, known)
             if not entry.lowers or name in self.hidden(parent):
@@ -326,8 +326,8 @@ class Resolver:
         """The names that ``.wh.`` entries of the upper directory of `node` hide in its lowers."""
         if node.hidden is None:
             assert self.stack.upper is not None
-            targets = (fmt.wh_target(entry.name) for entry in self.stack.upper.scan(self.upper_dir(node)))
-            node.hidden = {target for target in targets if target}
+            found = self.stack.upper.scan(self.upper_dir(node))
+            node.hidden = {target for entry in found if (target := fmt.wh_target(entry.name))}
         return node.hidden
 
     def find_lower(self, parent: DirNode, name: bytes) -> Hit | None:
@@ -387,7 +387,7 @@ class Resolver:
         indices: list[int] = []
         for index, lower in enumerate(lowers):
             dirfd = lower.open(self.fds)
-            st = stat_or_none(dirfd, name)
+            st = syscalls.stat_or_none(dirfd, name)
             if st is not None:
                 if is_whiteout(dirfd, name, st, xwhiteouts=lower.marks(self.fds).xwhiteouts):
                     break

@@ -10,8 +10,8 @@ Rules this file obeys:
 
 from __future__ import annotations
 
-import contextlib
 import errno
+import logging
 import os
 import stat
 from typing import Final, NamedTuple
@@ -20,6 +20,7 @@ from . import format as fmt
 from . import syscalls
 from .copyup import CopyUp
 from .entries import Entry
+from .errors import SCARCE
 from .guard import Guard
 from .inodes import DirNode, Node, NodeTable, child
 from .layers import read_data_marks
@@ -28,6 +29,8 @@ from .lookup import Hit, Resolver
 from .steps import Op
 from .syscalls import stat_or_none
 from .workdir import Staged, Workdir
+
+log = logging.getLogger(__name__)
 
 #: Redirects are longer than this only rarely: the kernel's own limit (redirect_max).
 _LONG_REDIRECT: Final = 256
@@ -194,9 +197,13 @@ class Places:
         """Know where the data of a file is before it loses the name that says so. One without any goes all the same."""
         if node is None or not self._resolver.follows_data:
             return
-        with contextlib.suppress(OSError), self._resolver.open_object(node) as fd:
-            if stat.S_ISREG(os.fstat(fd.fd).st_mode):
-                self._resolver.locate(node, fd.fd)
+        try:
+            with self._resolver.open_object(node) as fd:
+                if stat.S_ISREG(os.fstat(fd.fd).st_mode):
+                    self._resolver.locate(node, fd.fd)
+        except OSError as exc:
+            if exc.errno in SCARCE:
+                raise
 
     # Redirects: what an object that moves is called in the lowers.
 
@@ -250,13 +257,16 @@ class Places:
         self.unhide(place)
 
     def unhide(self, place: Place) -> None:
-        """Drop the ``.wh.`` entry of a name that the upper now has; until then it speaks only of lowers."""
+        """Drop the ``.wh.`` entry of a name that the upper now has. Best effort: it speaks only of lowers."""
         if not place.parent.entry.lowers:
             return
-        hidden = self._resolver.hidden(place.parent)
-        if place.name in hidden:
-            syscalls.unlink_at(place.dirfd, fmt.wh_name(place.name))
-            hidden.discard(place.name)
+        try:
+            hidden = self._resolver.hidden(place.parent)
+            if place.name in hidden:
+                syscalls.unlink_at(place.dirfd, fmt.wh_name(place.name))
+                hidden.discard(place.name)
+        except OSError as exc:
+            log.warning("%r: what hides it in lowers stays beside it: %s", place.name, exc.strerror)
 
     def whiteout_at(self, place: Place) -> bool:
         st = stat_or_none(place.dirfd, place.name)

@@ -216,8 +216,13 @@ class Union:
         return node
 
     def _found(self, node: Node, st: os.stat_result) -> Found:
+        try:
+            attr = self._attributes.show(node, st)
+        except BaseException:
+            self._table.settle(node)
+            raise
         self._table.looked_up(node)
-        return Found(node.nodeid, 0, self._attributes.show(node, st))
+        return Found(node.nodeid, 0, attr)
 
     def _made(self, parent: DirNode, name: bytes) -> Found:
         """What was just made under a name that was free: it is in the upper alone, whatever lowers have."""
@@ -282,7 +287,11 @@ class Union:
             if flags & os.O_EXCL:
                 raise
             found = self.lookup(parent, name)
-            yield from self._handles.open(self._table.get(found.nodeid), flags)
+            try:
+                yield from self._handles.open(self._table.get(found.nodeid), flags)
+            except BaseException:
+                self._table.forget(found.nodeid, 1)  # the kernel is not told of it
+                raise
             return found
         self._changed("create", directory, name)
         found = self._made(directory, name)
@@ -293,9 +302,10 @@ class Union:
         """open(2) with O_TMPFILE; counts a lookup and an open."""
         directory = self._table.directory(parent)
         node, fd = self._change().tmpfile(directory, stat.S_IFREG | stat.S_IMODE(mode), caller)
+        found = self._found(node, os.fstat(fd.fd))
         self._handles.opened(node, fd)
         yield from ()
-        return self._found(node, os.fstat(fd.fd))
+        return found
 
     # Attributes.
 

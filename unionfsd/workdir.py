@@ -13,6 +13,7 @@ import errno
 import logging
 import os
 import stat
+from collections.abc import Callable
 from typing import Final
 
 from . import format as fmt
@@ -131,19 +132,26 @@ class Workdir:
         """An empty directory, `fd` O_PATH."""
         name = self.fresh_name()
         syscalls.mkdir_at(self.fd, name, mode)
-        return Staged(self, syscalls.open_dir(self.fd, name), name)
+        return self._staged(name, syscalls.open_dir)
 
     def stage_node(self, mode: int, rdev: int) -> Staged:
         """A FIFO, socket or device node, `fd` O_PATH."""
         name = self.fresh_name()
         syscalls.mknod_at(self.fd, name, mode, rdev)
-        return Staged(self, syscalls.open_object(self.fd, name), name)
+        return self._staged(name, syscalls.open_object)
 
     def stage_symlink(self, target: bytes) -> Staged:
         """A symlink, `fd` O_PATH."""
         name = self.fresh_name()
         syscalls.symlink_at(target, self.fd, name)
-        return Staged(self, syscalls.open_object(self.fd, name), name)
+        return self._staged(name, syscalls.open_object)
+
+    def _staged(self, name: bytes, opener: Callable[[int, bytes], Fd]) -> Staged:
+        try:
+            return Staged(self, opener(self.fd, name), name)
+        except BaseException:
+            self.discard(name)
+            raise
 
     def rename_out(self, staged: bytes, dirfd: int, name: bytes) -> None:
         """Make the staged object `name` in `dirfd`; EEXIST when anything has that name."""

@@ -18,17 +18,40 @@ class StoppedError(BaseException):
     """The machine stopped: no handler may take it for a failed call."""
 
 
-class Seam:
-    """While entered, lists the calls of `syscalls.MUTATING` in `calls`; `event` comes in front of number `index`."""
+#: Functions of `syscalls` that open or read something, and those of `os` that do and that the core calls itself.
+READING = (
+    "open_dir",
+    "open_object",
+    "open_data",
+    "reopen",
+    "stat_at",
+    "getxattr",
+    "listxattr",
+    "readlink",
+    "attributes_at",
+    "file_handle",
+    "open_by_handle",
+)
+READING_OF_OS = ("pread", "preadv", "scandir", "fstat", "lseek")
 
-    def __init__(self, index: int = -1) -> None:
+
+class Seam:
+    """While entered, lists the calls of `syscalls.MUTATING` in `calls`; `event` comes in front of number `index`.
+
+    With `everything` also the calls that only read.
+    """
+
+    def __init__(self, index: int = -1, *, everything: bool = False) -> None:
         self.calls: list[str] = []
         self._index = index
         self._patch = pytest.MonkeyPatch()
+        self._everything = everything
 
     def __enter__(self) -> Self:
-        for name in syscalls.MUTATING:
+        for name in (*syscalls.MUTATING, *(READING if self._everything else ())):
             self._patch.setattr(syscalls, name, self._wrapped(name, getattr(syscalls, name)))
+        for name in READING_OF_OS if self._everything else ():
+            self._patch.setattr(os, name, self._wrapped(name, getattr(os, name)))
         return self
 
     def _wrapped(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,8 +76,8 @@ class Seam:
 class Failing(Seam):
     """The call fails with `number`; what comes after it works."""
 
-    def __init__(self, index: int, number: int) -> None:
-        super().__init__(index)
+    def __init__(self, index: int, number: int, *, everything: bool = False) -> None:
+        super().__init__(index, everything=everything)
         self._number = number
 
     def event(self) -> None:
