@@ -4,19 +4,26 @@ Rules this file obeys:
 
 - A `Holder` owns at most one descriptor in the cache; the cache may close it at any time unless it is pinned.
 - Who needs the number asks the holder each time; who works in a thread, or for long, takes the `Fd` itself.
-- A holder whose object has no name any more, and so could not be opened again, is pinned: the cache lets go of it, and
-  its descriptor lives as long as its node.
+- A descriptor of an object that has no name any more could not be opened again, and lives as long as its node: it is
+  kept outside (`keep`), or its holder is pinned (`pin`). The more of them, the fewer the cache keeps open. Whoever can
+  delete what he has open could take all there are, so there is a bound, and no user has more than half of what is left.
 - Eviction is second chance: a holder used since the hand last passed stays for one more round.
 - Uses are counted where they are marked, in `Holder.hot`, so that counting them costs nothing.
 """
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
 import resource
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from .syscalls import Fd
+
+log = logging.getLogger(__name__)
 
 #: Descriptors left for everything that is not a cached one.
 _SPARE_FDS: Final = 256
@@ -29,16 +36,54 @@ class Holder:
     `hot`: how often it was wanted since the hand last passed; who finds `fd` there adds one.
     """
 
-    __slots__ = ("fd", "hot", "pinned")
+    __slots__ = ("fd", "hot", "pin")
 
     def __init__(self) -> None:
         self.fd: Fd | None = None
         self.hot = 0
-        self.pinned = False
+        self.pin: Pin | None = None
 
     def drop(self) -> None:
         """Let go of the descriptor. It closes with its last reference: a thread that was given the `Fd` keeps it."""
         self.fd = None
+
+
+class Pins:
+    """How many descriptors may not be closed: in all, and by the user on whose behalf."""
+
+    __slots__ = ("by_user", "total")
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.by_user: Counter[int | None] = Counter()
+
+
+class Pin:
+    """One of them, counted for as long as this object lives."""
+
+    __slots__ = ("_pins", "_uid")
+
+    def __init__(self, pins: Pins, uid: int | None) -> None:
+        self._pins = pins
+        self._uid = uid
+        pins.total += 1
+        pins.by_user[uid] += 1
+
+    def __del__(self) -> None:
+        self._pins.total -= 1
+        self._pins.by_user[self._uid] -= 1
+        if not self._pins.by_user[self._uid]:
+            del self._pins.by_user[self._uid]
+
+
+class Kept(Fd):
+    """A descriptor that is kept outside of the cache, and counted there."""
+
+    __slots__ = ("_pin",)
+
+    def __init__(self, fd: int, pin: Pin) -> None:
+        super().__init__(fd)
+        self._pin = pin
 
 
 class Usage(NamedTuple):
@@ -50,13 +95,20 @@ class Usage(NamedTuple):
 
 
 class FdCache:
-    """Keeps at most `capacity` descriptors of unpinned holders open."""
+    """Keeps at most `capacity` descriptors of unpinned holders open, fewer when others may not be closed.
+
+    `total`: how many there may be in all. `who` says which user an operation is for, None for nobody.
+    """
 
     #: Below this many a single operation could not hold all it needs at once.
     MINIMUM: Final = 64
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, total: int = 0, who: Callable[[], int | None] = lambda: None) -> None:
         self.capacity = max(capacity, self.MINIMUM)
+        self._total = max(total, self.capacity)
+        self._who = who
+        self._pins = Pins()
+        self._refused: set[int | None] = set()
         self._hand: OrderedDict[Holder, None] = OrderedDict()
         self._uses = 0
         self._opened = 0
@@ -69,19 +121,45 @@ class FdCache:
         holder.hot += 1
         self._opened += 1
         self._hand[holder] = None
-        while len(self._hand) > self.capacity:
+        while len(self._hand) > self._room():
             self._evict_one(holder)
         return fd.fd
+
+    def _room(self) -> int:
+        return min(self.capacity, max(self.MINIMUM, self._total - self._pins.total))
+
+    def keep(self, opener: Callable[[], Fd]) -> Kept:
+        """What `opener` opens, to be kept for as long as who asked for it wants; ENFILE where that is too many."""
+        pin = self._pin()
+        fd = opener()
+        number, fd.fd = fd.fd, -1
+        return Kept(number, pin)
+
+    def pin(self, holder: Holder) -> None:
+        """Never close the descriptor of `holder`, which has one; ENFILE where that is too many."""
+        if holder.pin is None:
+            holder.pin = self._pin()
+
+    def _pin(self) -> Pin:
+        uid = self._who()
+        left = self._total - self.capacity // 2 - self._pins.total
+        mine = self._pins.by_user[uid]
+        if left <= 0 or (mine >= left and uid not in (None, 0, os.geteuid())):
+            if uid not in self._refused:
+                self._refused.add(uid)
+                log.warning("user %s keeps %d deleted files in use: more are not deleted (ENFILE)", uid, mine)
+            raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
+        return Pin(self._pins, uid)
 
     def _evict_one(self, newest: Holder) -> None:
         while True:
             holder, _ = self._hand.popitem(last=False)
-            if holder is newest or (holder.hot and holder.fd is not None and not holder.pinned):
+            if holder is newest or (holder.hot and holder.fd is not None and holder.pin is None):
                 self._cool(holder)
                 self._hand[holder] = None
                 continue
             self._cool(holder)
-            if not holder.pinned:
+            if holder.pin is None:
                 self._evicted += holder.fd is not None
                 holder.drop()
             return
@@ -91,6 +169,7 @@ class FdCache:
         self._hand.pop(holder, None)
         self._cool(holder)
         holder.drop()
+        holder.pin = None
 
     def _cool(self, holder: Holder) -> None:
         self._uses += holder.hot
@@ -98,7 +177,7 @@ class FdCache:
 
     def shed(self) -> int:
         """Close every descriptor that may be closed; returns how many that were."""
-        loose = [holder for holder in self._hand if holder.fd is not None and not holder.pinned]
+        loose = [holder for holder in self._hand if holder.fd is not None and holder.pin is None]
         for holder in loose:
             self.forget(holder)
         return len(loose)
@@ -117,7 +196,8 @@ class FdCache:
         return sum(1 for holder in self._hand if holder.fd is not None)
 
 
-def fd_budget() -> int:
-    """How many descriptors a cache may keep open in this process."""
+def fd_budget() -> tuple[int, int]:
+    """How many descriptors a cache may keep open in this process, and with those that it may not close."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return min(max(soft - _SPARE_FDS, soft // 2), _MAX_CACHED_FDS)
+    total = max(soft - _SPARE_FDS, soft // 2)
+    return min(total, _MAX_CACHED_FDS), total

@@ -14,6 +14,7 @@ import errno
 import logging
 import os
 import stat
+from functools import partial
 from typing import Final, NamedTuple
 
 from . import format as fmt
@@ -170,14 +171,14 @@ class Places:
         if isinstance(node, DirNode):
             if node.entry.upper:
                 self._resolver.upper_dir(node)
-                node.handle.pinned = True
+                self._resolver.fds.pin(node.handle)
         elif self._loses_all(node) and not node.state().kept and node.state().orphan is None:
             self.keep_data(node)
             if node.entry.index is None and node.parent is not None:
                 dirfd = self._resolver.upper_dir(node.parent)
                 node.state().kept = self._work.keep(dirfd, node.name, node.nodeid)
             if not node.state().kept:
-                node.state().orphan = self._resolver.open_object(node)
+                node.state().orphan = self._resolver.fds.keep(partial(self._resolver.open_object, node))
 
     def take(self, node: Node | None, place: Place) -> bool:
         """Remove a name of the upper by moving the object to where it is kept; False where that is not possible."""

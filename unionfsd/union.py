@@ -76,7 +76,7 @@ class Union:
         self._work = work
         self._touched = False
         self._frozen: Gate | None = None
-        self._fds = FdCache(fd_budget())
+        self._fds = FdCache(*fd_budget(), who=lambda: self.events.who().uid)
         self._resolver = Resolver(stack, self._fds, **config.rules)
         self._resolver.index = self._index = index
         self._resolver.kept_in = -1 if work is None else work.fd
