@@ -89,7 +89,7 @@ def _handler(fn: Callable[..., Any]) -> _Handler:
     @functools.wraps(fn)
     async def answer(self: _Operations, *args: Any) -> Any:
         began = perf_counter_ns()
-        who = _who(args) if self.recording() else NOBODY
+        who = _who(args)
         if self.counters.samples is not None and args and isinstance(args[0], int):
             self.counters.sample(args[0])
         try:
@@ -126,9 +126,6 @@ class _Operations(pyfuse3.Operations):
 
     def init(self) -> None:
         self._started()
-
-    def recording(self) -> bool:
-        return self._union.events.recording
 
     def run(self, fn: Callable[..., Any], args: tuple[Any, ...], who: Who) -> Any:
         """Run a handler that never blocks."""
