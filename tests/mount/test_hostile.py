@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import USER, Daemon, Layers, LogPolicy, Mode, MountFactory, as_user
+from tests.harness import USER, Daemon, Layers, LogPolicy, Mode, as_user
 from tests.trees import errno_of
 from unionfsd.control.client import Client
 from unionfsd.ctl import find
@@ -33,7 +33,7 @@ sys.exit(cli.main())
 """
 
 #: Requests that wait at once.
-WAITING = 10_000 if os.environ.get("UNIONFSD_SOAK_SECONDS") else 1_500
+WAITING = 10_000 if os.environ.get("UNIONFSD_SOAK_SECONDS") else 600
 
 
 def hoard(directory: Path, count: int) -> tuple[list[int], int]:
@@ -141,11 +141,15 @@ def change_all_at_once(mount: Daemon, count: int) -> None:
     assert {os.stat(mount / f"d/f{number}").st_mode & 0o777 for number in range(0, count, 97)} == {0o600}
 
 
-def test_a_tree_deeper_than_any_path(mounted: MountFactory, layers: Layers) -> None:
+def test_a_tree_deeper_than_any_path(layers: Layers) -> None:
     """Each level is reached by a descriptor of the one above; all of it is copied up, moved and removed."""
     levels, name = 1010, "a" * 100
     os.close(descend(layers.lower, name, 80, make=True))
-    union = mounted()
+    with Daemon(layers) as union:
+        use_deep_tree(union, name, levels)
+
+
+def use_deep_tree(union: Daemon, name: str, levels: int) -> None:
     bottom = descend(union.path, name, levels, make=True)
     try:
         fd = os.open("file", os.O_CREAT | os.O_RDWR, dir_fd=bottom)
@@ -181,10 +185,9 @@ def descend(root: Path, name: str, levels: int, *, make: bool = False) -> int:
     return at
 
 
-def test_xattrs_until_nothing_more_fits(mounted: MountFactory, layers: Layers, plain: Path) -> None:
+def test_xattrs_until_nothing_more_fits(layers: Layers, plain: Path) -> None:
     (layers.lower / "f").touch()
     (plain / "f").touch()
-    union = mounted()
 
     def fill(path: Path) -> list[str]:
         return [errno_of(os.setxattr, path, f"user.{number}", b"v" * 900) for number in range(20)]
@@ -192,25 +195,22 @@ def test_xattrs_until_nothing_more_fits(mounted: MountFactory, layers: Layers, p
     def large(path: Path) -> str:
         return errno_of(os.setxattr, path, "user.large", b"v" * 65536)
 
-    assert large(union / "f") == large(plain / "f") != "ok"
-    results = fill(union / "f")
-    assert set(results) == {"ok", "ENOSPC"}
-    assert len(os.listxattr(union / "f")) == results.count("ok")
-    os.chmod(union / "f", 0o600)
-    (union / "g").touch()
+    with Daemon(layers) as union:
+        assert large(union / "f") == large(plain / "f") != "ok"
+        results = fill(union / "f")
+        assert set(results) == {"ok", "ENOSPC"}
+        assert len(os.listxattr(union / "f")) == results.count("ok")
+        os.chmod(union / "f", 0o600)
+        (union / "g").touch()
 
 
-def test_the_daemon_is_not_his_to_signal(mounted: MountFactory, mode: Mode) -> None:
-    mount = mounted()
-    assert isinstance(mount, Daemon)
-    pid = mount.pid
+def test_the_daemon_is_not_his_to_signal(layers: Layers) -> None:
+    with Daemon(layers) as mount:
+        pid = mount.pid
 
-    def signals() -> list[str]:
-        return [errno_of(os.kill, pid, number) for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGSTOP)]
+        def signals() -> list[str]:
+            return [errno_of(os.kill, pid, number) for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGSTOP)]
 
-    def control() -> str:
-        return errno_of(lambda: Client(find.locate(os.fsencode(mount.path)).socket))
-
-    assert as_user(signals) == ["EPERM"] * 3
-    assert as_user(lambda: errno_of(os.listdir, f"/proc/{pid}/fd")) == "EACCES"
-    assert os.listdir(mount.path) == []
+        assert as_user(signals) == ["EPERM"] * 3
+        assert as_user(lambda: errno_of(os.listdir, f"/proc/{pid}/fd")) == "EACCES"
+        assert os.listdir(mount.path) == []

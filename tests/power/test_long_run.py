@@ -28,7 +28,7 @@ from unionfsd.ctl import find
 pytestmark = pytest.mark.privileged
 
 SOAK_SECONDS: Final = float(os.environ.get("UNIONFSD_SOAK_SECONDS", "0"))
-SECONDS: Final = SOAK_SECONDS or 3.0
+SECONDS: Final = SOAK_SECONDS or 2.0
 USERS: Final = 3
 #: Directories in the lower that each user has; each is copied up, changed and removed once in a life.
 DIRECTORIES: Final = 4000 if SOAK_SECONDS else 40

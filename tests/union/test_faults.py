@@ -4,7 +4,7 @@ What must hold of the call that fails, whatever fails it: the caller is told tha
 without the fault; the view is the one before, or if success was told the one after; nothing is left open, known, or in
 the work directory; and the same operation, asked for again, does what it does without a fault.
 
-One state for each operation and every third call; all of them with UNIONFSD_SOAK_SECONDS.
+One state for each operation and every fifth call; all of them with UNIONFSD_SOAK_SECONDS.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def scratch() -> Iterator[bytes]:
 def test_fault_anywhere(scenario: Scenario, scratch: bytes) -> None:
     case = Case(scenario, scratch)
     numbers, changing = itertools.cycle(ANY), itertools.cycle(CHANGING)
-    for index, name in list(enumerate(calls(case)))[:: 1 if SOAK else 3]:
+    for index, name in list(enumerate(calls(case)))[:: 1 if SOAK else 5]:
         fail_once(case, index, next(changing if name in syscalls.MUTATING else numbers), name)
 
 
