@@ -7,6 +7,8 @@ Rules this file obeys:
 - A descriptor of an object that has no name any more could not be opened again, and lives as long as its node: it is
   kept outside (`keep`), or its holder is pinned (`pin`). The more of them, the fewer the cache keeps open. Whoever can
   delete what he has open could take all there are, so there is a bound, and no user has more than half of what is left.
+- The cache refers to holders weakly: one that nobody else has, as of a name that was only looked at, goes with its
+  descriptor.
 - Eviction is second chance: a holder used since the hand last passed stays for one more round.
 - Uses are counted where they are marked, in `Holder.hot`, so that counting them costs nothing.
 """
@@ -20,6 +22,7 @@ import resource
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Final, NamedTuple
+from weakref import ref
 
 from .syscalls import Fd
 
@@ -36,7 +39,7 @@ class Holder:
     `hot`: how often it was wanted since the hand last passed; who finds `fd` there adds one.
     """
 
-    __slots__ = ("fd", "hot", "pin")
+    __slots__ = ("__weakref__", "fd", "hot", "pin")
 
     def __init__(self) -> None:
         self.fd: Fd | None = None
@@ -109,7 +112,7 @@ class FdCache:
         self._who = who
         self._pins = Pins()
         self._refused: set[int | None] = set()
-        self._hand: OrderedDict[Holder, None] = OrderedDict()
+        self._hand: OrderedDict[ref[Holder], None] = OrderedDict()
         self._uses = 0
         self._opened = 0
         self._evicted = 0
@@ -120,10 +123,18 @@ class FdCache:
         holder.fd = fd
         holder.hot += 1
         self._opened += 1
-        self._hand[holder] = None
+        self._hand[ref(holder, self._gone)] = None
         while len(self._hand) > self._room():
             self._evict_one(holder)
         return fd.fd
+
+    def _gone(self, key: ref[Holder]) -> None:
+        if key in self._hand:
+            del self._hand[key]
+            self._uses += 1  # at least the one that it was opened for
+
+    def _held(self) -> list[Holder]:
+        return [holder for key in self._hand if (holder := key()) is not None]
 
     def _room(self) -> int:
         return min(self.capacity, max(self.MINIMUM, self._total - self._pins.total))
@@ -153,10 +164,13 @@ class FdCache:
 
     def _evict_one(self, newest: Holder) -> None:
         while True:
-            holder, _ = self._hand.popitem(last=False)
+            key, _ = self._hand.popitem(last=False)
+            holder = key()
+            if holder is None:
+                return
             if holder is newest or (holder.hot and holder.fd is not None and holder.pin is None):
                 self._cool(holder)
-                self._hand[holder] = None
+                self._hand[key] = None
                 continue
             self._cool(holder)
             if holder.pin is None:
@@ -166,7 +180,7 @@ class FdCache:
 
     def forget(self, holder: Holder) -> None:
         """`holder` is done with: its descriptor goes now, and the cache keeps no reference to it."""
-        self._hand.pop(holder, None)
+        self._hand.pop(ref(holder), None)
         self._cool(holder)
         holder.drop()
         holder.pin = None
@@ -177,23 +191,24 @@ class FdCache:
 
     def shed(self) -> int:
         """Close every descriptor that may be closed; returns how many that were."""
-        loose = [holder for holder in self._hand if holder.fd is not None and holder.pin is None]
+        loose = [holder for holder in self._held() if holder.fd is not None and holder.pin is None]
         for holder in loose:
             self.forget(holder)
         return len(loose)
 
     def usage(self) -> Usage:
         """How often a descriptor was there, had to be opened, or was closed to make room, so far."""
-        uses = self._uses + sum(holder.hot for holder in self._hand)
+        uses = self._uses + sum(holder.hot for holder in self._held())
         return Usage(hits=uses - self._opened, misses=self._opened, evictions=self._evicted)
 
     def close(self) -> None:
         """Close every descriptor, pinned or not."""
-        while self._hand:
-            self._hand.popitem()[0].drop()
+        for holder in self._held():
+            holder.drop()
+        self._hand.clear()
 
     def __len__(self) -> int:
-        return sum(1 for holder in self._hand if holder.fd is not None)
+        return sum(1 for holder in self._held() if holder.fd is not None)
 
 
 def fd_budget() -> tuple[int, int]:

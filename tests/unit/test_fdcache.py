@@ -6,6 +6,7 @@ import contextlib
 import errno
 import gc
 import os
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -21,13 +22,28 @@ def new_fd() -> Fd:
     return Fd(os.open("/", os.O_PATH | os.O_CLOEXEC))
 
 
+#: Holders that somebody has: the cache alone keeps none.
+alive: list[Holder] = []
+
+
+@pytest.fixture(autouse=True)
+def nobody_has_them_any_more() -> Iterator[None]:
+    yield
+    alive.clear()
+
+
+def another() -> Holder:
+    alive.append(Holder())
+    return alive[-1]
+
+
 def is_open(fd: int) -> bool:
     return os.path.lexists(f"/proc/self/fd/{fd}")
 
 
 def full(cache: FdCache, *, pinned: bool = False) -> list[Holder]:
     """As many holders as fit, admitted in this order."""
-    holders = [Holder() for _ in range(cache.capacity)]
+    holders = [another() for _ in range(cache.capacity)]
     for holder in holders:
         cache.admit(holder, new_fd())
         if pinned:
@@ -56,11 +72,11 @@ def test_one_more_than_fits_closes_one() -> None:
 def test_what_was_used_stays_a_round_longer() -> None:
     cache = FdCache(CAPACITY, 4 * CAPACITY)
     holders = full(cache)
-    cache.admit(Holder(), new_fd())  # a round of the hand: from here on nobody is hot
+    cache.admit(another(), new_fd())  # a round of the hand: from here on nobody is hot
     used = next(holder for holder in holders if holder.fd is not None)
     used.hot += 1
     for _ in range(CAPACITY // 2):
-        cache.admit(Holder(), new_fd())
+        cache.admit(another(), new_fd())
     assert used.fd is not None
     assert sum(holder.fd is None for holder in holders) > CAPACITY // 2
 
@@ -71,7 +87,7 @@ def test_pinned_descriptors_are_never_closed() -> None:
     cache.admit(pinned, new_fd())
     cache.pin(pinned)
     for _ in range(5 * CAPACITY):
-        cache.admit(Holder(), new_fd())
+        cache.admit(another(), new_fd())
     assert pinned.fd is not None
     assert is_open(pinned.fd.fd)
     assert len(cache) == CAPACITY
@@ -112,7 +128,7 @@ def test_a_thread_keeps_the_descriptor_it_was_given() -> None:
     in_thread = holder.fd
     assert in_thread is not None
     for _ in range(3 * CAPACITY):
-        cache.admit(Holder(), new_fd())
+        cache.admit(another(), new_fd())
     assert holder.fd is None
     assert is_open(in_thread.fd)
 
@@ -128,7 +144,7 @@ def test_a_forgotten_holder_makes_room(pinned: bool) -> None:
     cache.forget(holders[0])
     assert not is_open(number)
     assert len(cache) == CAPACITY - 1
-    cache.admit(Holder(), new_fd())
+    cache.admit(another(), new_fd())
     assert all(holder.fd is not None for holder in holders[1:])
     cache.forget(Holder())  # it never had one
 
@@ -184,7 +200,7 @@ def test_what_may_not_be_closed_takes_room_from_what_may() -> None:
     cache = FdCache(4 * CAPACITY)
     full(cache)
     kept = [cache.keep(new_fd) for _ in range(2 * CAPACITY)]
-    cache.admit(Holder(), new_fd())
+    cache.admit(another(), new_fd())
     assert len(cache) == 2 * CAPACITY
     assert all(is_open(fd.fd) for fd in kept)
     with pytest.raises(OSError) as caught:
@@ -208,3 +224,16 @@ def test_no_user_has_more_than_half_of_what_is_left() -> None:
     held[1000].clear()
     user = 1003
     assert len([cache.keep(new_fd) for _ in range(CAPACITY // 2)]) == CAPACITY // 2
+
+
+def test_a_holder_that_nobody_has_goes_with_its_descriptor() -> None:
+    cache = FdCache(CAPACITY)
+    holder = Holder()
+    number = cache.admit(holder, new_fd())
+    before = cache.usage()
+    del holder
+    assert not is_open(number)
+    assert len(cache) == 0
+    assert cache.usage() == before
+    full(cache)
+    assert len(cache) == CAPACITY
