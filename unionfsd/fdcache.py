@@ -158,7 +158,7 @@ class FdCache:
         if left <= 0 or (mine >= left and uid not in (None, 0, os.geteuid())):
             if uid not in self._refused:
                 self._refused.add(uid)
-                log.warning("user %s keeps %d deleted files in use: more are not deleted (ENFILE)", uid, mine)
+                log.warning("user %s keeps %d deleted objects open: more are not deleted (ENFILE)", uid, mine)
             raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
         return Pin(self._pins, uid)
 
