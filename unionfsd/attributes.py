@@ -19,7 +19,7 @@ from . import owners, syscalls
 from .copyup import CopyUp
 from .guard import Guard, layer_of
 from .handles import Handles
-from .inodes import DirNode, Node
+from .inodes import DirNode, Node, NodeTable
 from .layers import xattr_names
 from .ledger import Kind, Ledger
 from .lookup import Resolver
@@ -139,6 +139,14 @@ class Attributes:
             if self._resolver.follows_data and stat.S_ISREG(st.st_mode) and st.st_blocks * 512 < st.st_size:
                 shown = self._with_blocks(node, st)
         return Attr(self._translated(node, shown) if self._translates else shown, node.ino, nlink)
+
+    def show_new(self, node: Node, st: os.stat_result, table: NodeTable) -> Attr:
+        """As `show`, of a node that the kernel is about to be told of: where that fails, nobody needs it."""
+        try:
+            return self.show(node, st)
+        except BaseException:
+            table.settle(node)
+            raise
 
     def _translated(self, node: Node, st: StatLike) -> StatLike:
         found = st

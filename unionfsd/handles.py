@@ -75,6 +75,14 @@ class Handles:
             yield from self._readable(node)
         node.state().opens += 1
 
+    def open_found(self, node: Node, flags: int) -> Op[None]:
+        """As `open`, of a node that was looked up for it: where that fails, the kernel is told of neither."""
+        try:
+            yield from self.open(node, flags)
+        except BaseException:
+            self._table.forget(node.nodeid, 1)
+            raise
+
     def opened(self, node: Node, fd: Fd) -> None:
         """Count the open of a file that was just created with the O_RDWR descriptor `fd`."""
         state = node.state()

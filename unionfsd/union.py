@@ -216,11 +216,7 @@ class Union:
         return node
 
     def _found(self, node: Node, st: os.stat_result) -> Found:
-        try:
-            attr = self._attributes.show(node, st)
-        except BaseException:
-            self._table.settle(node)
-            raise
+        attr = self._attributes.show_new(node, st, self._table)
         self._table.looked_up(node)
         return Found(node.nodeid, 0, attr)
 
@@ -287,11 +283,7 @@ class Union:
             if flags & os.O_EXCL:
                 raise
             found = self.lookup(parent, name)
-            try:
-                yield from self._handles.open(self._table.get(found.nodeid), flags)
-            except BaseException:
-                self._table.forget(found.nodeid, 1)  # the kernel is not told of it
-                raise
+            yield from self._handles.open_found(self._table.get(found.nodeid), flags)
             return found
         self._changed("create", directory, name)
         found = self._made(directory, name)

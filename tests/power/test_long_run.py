@@ -105,7 +105,7 @@ def test_nothing_grows(layers: Layers) -> None:
         rounds = [int(text) for _, text in results]
         assert min(rounds) >= len(ROUNDS)
         print(json.dumps({"rounds": rounds, "samples": [one._asdict() for one in samples[::5]]}))
-    assert max(one.litter for one in samples) < 20
+    assert max(one.litter for one in samples) < 100  # what is deleted and in use has a name there
     if SOAK_SECONDS:
         flat(samples)
 
