@@ -11,6 +11,7 @@ Rules this file obeys:
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import stat
 from typing import Final
@@ -33,6 +34,8 @@ from .workdir import Workdir
 _XATTR_BYTES: Final = 1 << 16
 
 RENAME_FLAGS: Final = syscalls.RENAME_NOREPLACE | syscalls.RENAME_EXCHANGE
+
+log = logging.getLogger(__name__)
 
 
 class Renames:
@@ -215,7 +218,10 @@ class Renames:
         """The publishing call of a rename that leaves no whiteout behind."""
         if is_dir and self._places.whiteout_at(there):
             self._swap(here, there)
-            syscalls.unlink_at(here.dirfd, here.name)
+            try:
+                syscalls.unlink_at(here.dirfd, here.name)
+            except OSError as exc:  # it is renamed, and a whiteout of what no lower has hides nothing
+                log.warning("%r: a whiteout stays where it was: %s", here.name, exc.strerror)
         else:
             syscalls.renameat2(here.dirfd, here.name, there.dirfd, there.name)
 
