@@ -38,8 +38,7 @@ def inherit(default: bytes, mode: int) -> Inherited:
     """Apply the default ACL `default` (an xattr value) to the `mode` asked for, no umask; EIO for a damaged one."""
     entries = _decode(default)
     extended = len(entries) > 3
-    has_mask = any(tag == _MASK for tag, _, _ in entries)
-    shifts = {_USER_OBJ: 6, _MASK if has_mask else _GROUP_OBJ: 3, _OTHER: 0}
+    shifts = _shifts(entries)
     result = _HEAD.pack(_VERSION)
     for tag, perm, who in entries:
         shift = shifts.get(tag)
@@ -48,6 +47,37 @@ def inherit(default: bytes, mode: int) -> Inherited:
             mode = mode & ~(7 << shift) | perm << shift
         result += _ENTRY.pack(tag, perm, who)
     return Inherited(mode, result if extended else None)
+
+
+class Access(NamedTuple):
+    """What an access ACL says: the permission bits of its object, and whether they are all that it says."""
+
+    bits: int
+    minimal: bool
+
+
+def access(value: bytes) -> Access:
+    """Read the access ACL `value` (posix_acl_equiv_mode); EIO for a damaged one."""
+    entries = _decode(value)
+    shifts = _shifts(entries)
+    bits = sum(perm << shifts[tag] for tag, perm, _ in entries if tag in shifts)
+    return Access(bits, len(entries) <= 3)
+
+
+def with_mode(value: bytes, mode: int) -> bytes:
+    """The access ACL `value` after chmod(2) to `mode` (posix_acl_chmod); EIO for a damaged one."""
+    entries = _decode(value)
+    shifts = _shifts(entries)
+    result = _HEAD.pack(_VERSION)
+    for tag, perm, who in entries:
+        result += _ENTRY.pack(tag, mode >> shifts[tag] & 7 if tag in shifts else perm, who)
+    return result
+
+
+def _shifts(entries: list[tuple[int, int, int]]) -> dict[int, int]:
+    """Which entries are the permission bits, and where those are: those of the group are the mask, if there is one."""
+    has_mask = any(tag == _MASK for tag, _, _ in entries)
+    return {_USER_OBJ: 6, _MASK if has_mask else _GROUP_OBJ: 3, _OTHER: 0}
 
 
 def with_ids(value: bytes, uid: Callable[[int], int], gid: Callable[[int], int]) -> bytes:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from . import format as fmt
 from . import owners, syscalls
@@ -83,9 +83,6 @@ class SetAttr(NamedTuple):
         """Whether it is no more than a change of times to now."""
         others = (self.mode, self.uid, self.gid, self.size)
         return all(value is None for value in others) and {self.atime_ns, self.mtime_ns} <= {None, syscalls.UTIME_NOW}
-
-
-_ACLS: Final = (fmt.ACL_ACCESS, fmt.ACL_DEFAULT)
 
 
 class Elsewhere:
@@ -226,19 +223,19 @@ class Attributes:
     def getxattr(self, node: Node, name: bytes) -> bytes:
         """Value of an xattr; ENODATA."""
         self._check_name(name, errno.ENODATA)
-        kept = fmt.name_in_layer(name, self._form(node))
+        form = self._form(node)
         if node.open is not None and node.open.fd is not None and node.entry.data is None:
-            value = syscalls.getxattr(node.open.fd.fd, kept)  # asked before the first write to every file
+            value = owners.read_xattr(node.open.fd.fd, name, form)  # asked before the first write to every file
         else:
             with self._resolver.open_object(node) as fd:
-                value = syscalls.getxattr(fd.fd, kept)
+                value = owners.read_xattr(fd.fd, name, form)
         return value if layer_of(self._resolver, node).idmapped else self._owners.show_xattr(name, value)
 
     def _check_name(self, name: bytes, number: int) -> None:
         """EOPNOTSUPP for xattrs that the mount has not, ENOSYS if it has none, errno `number` for those of a layer."""
         if self._noxattrs:
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-        if self._noacl and name in _ACLS:
+        if self._noacl and name in fmt.ACLS:
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
         if fmt.is_forbidden(name):
             raise OSError(number, os.strerror(number))
@@ -249,19 +246,15 @@ class Attributes:
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
         form = self._form(node)
         with self._resolver.open_object(node) as fd:
-            names = [fmt.name_in_mount(name, form) for name in xattr_names(fd.fd)]
-        return [name for name in names if name is not None and not (self._noacl and name in _ACLS)]
+            names = dict.fromkeys(fmt.name_in_mount(name, form) for name in xattr_names(fd.fd))
+        return [name for name in names if name is not None and not (self._noacl and name in fmt.ACLS)]
 
     def setxattr(self, node: Node, name: bytes, value: bytes, flags: int) -> Op[None]:
         """Set an xattr; `flags` are XATTR_CREATE (EEXIST) or XATTR_REPLACE (ENODATA). EPERM for fuse-overlayfs's.
 
-        EINVAL for an ACL with an id that the mount's mapping has not; EOPNOTSUPP for any ACL where the upper keeps
-        owners and modes in an xattr, which an ACL would have to be part of.
+        EINVAL for an ACL with an id that the mount's mapping has not.
         """
         self._check_name(name, errno.EPERM)
-        upper = self._resolver.stack.upper
-        if name in _ACLS and upper is not None and upper.override is not None:
-            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
         value = self._owners.keep_xattr(name, value)
         if self._guard is not None:
             self._guard.change(node)
@@ -271,7 +264,11 @@ class Attributes:
         with self._resolver.open_object(node) as fd:
             if flags:
                 self._ledger.intend(Kind.XATTR, node.nodeid, name)
-            syscalls.setxattr(fd.fd, fmt.name_in_layer(name, self._form(node)), value, flags)
+            form = self._form(node)
+            if form is not None and name in fmt.ACLS:
+                owners.set_acl(fd.fd, form, name, value, flags)
+            else:
+                syscalls.setxattr(fd.fd, fmt.name_in_layer(name, form), value, flags)
         if isinstance(node, DirNode):
             node.heritage = None
 
@@ -294,7 +291,7 @@ class Attributes:
         yield from self._to_upper(node)
         with self._resolver.open_object(node) as fd:
             self._ledger.intend(Kind.XATTR, node.nodeid, name)
-            syscalls.removexattr(fd.fd, fmt.name_in_layer(name, self._form(node)))
+            owners.remove_xattr(fd.fd, name, self._form(node))
         if isinstance(node, DirNode):
             node.heritage = None
 

@@ -58,6 +58,9 @@ WH_OPAQUE: Final = b".wh..wh..opq"
 #: The names of a work directory (fs/overlayfs/super.c): where entries are staged, and the index.
 WORK: Final = b"work"
 INDEX: Final = b"index"
+#: Ours: what the nodeids of file handles mean (`exports`).
+EXPORTS: Final = b"exports"
+EXPORTS_STAGED: Final = b"exports#"
 INCOMPAT: Final = b"incompat"
 VOLATILE: Final = b"volatile"
 
@@ -68,6 +71,7 @@ OVERRIDE: Final = b"user.containers.override_"
 
 ACL_ACCESS: Final = b"system.posix_acl_access"
 ACL_DEFAULT: Final = b"system.posix_acl_default"
+ACLS: Final = (ACL_ACCESS, ACL_DEFAULT)
 CAPABILITY: Final = b"security.capability"
 
 
@@ -268,6 +272,11 @@ class OverrideForm(NamedTuple):
     name: bytes
     user: bool
 
+    @property
+    def prefix(self) -> bytes:
+        """What precedes the names of other attributes that are kept in this form."""
+        return self.name.removesuffix(b"stat")
+
 
 OVERRIDE_PRIVILEGED: Final = OverrideForm(b"security.fuseoverlayfs.override_stat", user=False)
 OVERRIDE_CONTAINERS: Final = OverrideForm(b"user.containers.override_stat", user=True)
@@ -281,6 +290,8 @@ _OVERRIDE_SECURITY: Final = b"user.containers.override_security."
 
 def name_in_layer(name: bytes, form: OverrideForm | None) -> bytes:
     """The name under which a layer of `form` keeps what users of the mount call `name`."""
+    if form is not None and name in ACLS:
+        return form.prefix + name
     if form is not None and form.user and name.startswith(_SECURITY):
         return _OVERRIDE_SECURITY + name[len(_SECURITY) :]
     return escape(name)
@@ -288,6 +299,8 @@ def name_in_layer(name: bytes, form: OverrideForm | None) -> bytes:
 
 def name_in_mount(name: bytes, form: OverrideForm | None) -> bytes | None:
     """What users of the mount call the xattr `name` of a layer of `form`; None for one that is not theirs."""
+    if form is not None and name.removeprefix(form.prefix) in ACLS:
+        return name.removeprefix(form.prefix)
     if form is not None and form.user:
         if name.startswith(_OVERRIDE_SECURITY):
             return _SECURITY + name[len(_OVERRIDE_SECURITY) :]

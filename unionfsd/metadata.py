@@ -50,7 +50,7 @@ def read_metadata(fd: int, form: fmt.OverrideForm | None) -> Metadata:
     for name in names:
         shown = fmt.name_in_mount(name, form)
         if shown is not None:
-            xattrs[shown] = syscalls.getxattr(fd, name)
+            xattrs[shown] = owners.read_xattr(fd, shown, form)
     elsewhere = any(name in names for name in fmt.METACOPY_NAMES)
     return Metadata(owners.recorded(fd, os.fstat(fd), form), xattrs, elsewhere=elsewhere)
 
@@ -77,10 +77,8 @@ def apply_metadata(fd: int, metadata: Metadata, keeping: Keeping) -> None:
 
 def _copy_xattr(fd: int, name: bytes, value: bytes, form: fmt.OverrideForm | None) -> None:
     try:
-        if form is not None and name in (fmt.ACL_ACCESS, fmt.ACL_DEFAULT):
-            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
         syscalls.setxattr(fd, fmt.name_in_layer(name, form), value)
     except OSError as exc:
-        if exc.errno != errno.EOPNOTSUPP or name.startswith(b"security.") or name in (fmt.ACL_ACCESS, fmt.ACL_DEFAULT):
+        if exc.errno != errno.EOPNOTSUPP or name.startswith(b"security.") or name in fmt.ACLS:
             raise
         log.debug("copy-up: the upper keeps no xattr %s", os.fsdecode(name))

@@ -116,7 +116,7 @@ class Mutations:
         staged = self._work.stage_dir(owners.disk_mode(bits, self._form))
         try:
             if heritage.default_acl is not None:
-                syscalls.setxattr(staged.fd.fd, fmt.ACL_DEFAULT, heritage.default_acl)
+                syscalls.setxattr(staged.fd.fd, self._acl_name(fmt.ACL_DEFAULT), heritage.default_acl)
             if self._resolver.lower_has(parent, name):
                 self._work.mark_opaque(staged.fd.fd)
         except BaseException:
@@ -133,10 +133,14 @@ class Mutations:
     def _heritage(self, parent: DirNode) -> Heritage:
         if parent.heritage is None:
             fd = self._resolver.directory(parent)
-            st = owners.recorded(fd, os.fstat(fd), layer_of(self._resolver, parent).override)
+            form = layer_of(self._resolver, parent).override
+            st = owners.recorded(fd, os.fstat(fd), form)
             gid = st.st_gid if st.st_mode & stat.S_ISGID else None
-            parent.heritage = Heritage(gid, None if self._noacl else optional_xattr(fd, fmt.ACL_DEFAULT))
+            parent.heritage = Heritage(gid, None if self._noacl else _default_acl(fd, form))
         return parent.heritage
+
+    def _acl_name(self, name: bytes) -> bytes:
+        return fmt.name_in_layer(name, self._form)
 
     def _own(
         self, staged: Staged, parent: DirNode, mode: int, access: bytes | None, caller: Caller, rdev: int = 0
@@ -147,6 +151,8 @@ class Mutations:
         gid = self._owners.gid_of_maker(caller.gid) if heritage.gid is None else heritage.gid
         if self._form is not None:
             owners.record(staged.fd.fd, self._form, fmt.Override(uid, gid, mode, rdev))
+            if access is not None:
+                syscalls.setxattr(staged.fd.fd, self._acl_name(fmt.ACL_ACCESS), access)
             return
         if (uid, gid) != (os.geteuid(), os.getegid()):
             self._owners.forgive(lambda: syscalls.chown(staged.fd.fd, uid, gid))
@@ -265,3 +271,8 @@ class Mutations:
         self._table.know_inode((st.st_dev, st.st_ino), node)
         self._table.alias(node, parent, name)
         self._table.ledger.done()
+
+
+def _default_acl(fd: int, form: fmt.OverrideForm | None) -> bytes | None:
+    names = dict.fromkeys((fmt.name_in_layer(fmt.ACL_DEFAULT, form), fmt.ACL_DEFAULT))
+    return next((value for name in names if (value := optional_xattr(fd, name)) is not None), None)

@@ -23,7 +23,7 @@ from typing import Final, Protocol
 from . import acl, mountinfo, syscalls
 from . import format as fmt
 from .errors import LAYER, UserError
-from .layers import Layer, LayerStack
+from .layers import Layer, LayerStack, optional_xattr
 from .options import IdTriples, MountConfig
 
 #: What an object kept by an override xattr is allowed on disk besides its mode: so much that we can use it.
@@ -129,7 +129,69 @@ def change(fd: int, form: fmt.OverrideForm, uid: int, gid: int, mode: int | None
     owner = st.st_uid if uid == -1 else uid, st.st_gid if gid == -1 else gid
     record(fd, form, fmt.Override(*owner, bits, st.st_rdev))
     if mode is not None and not stat.S_ISLNK(bits):
+        _follow_mode(fd, form, mode)
         syscalls.chmod(fd, disk_mode(bits, form))
+
+
+# Access control lists, which decide with the mode and so are kept where that is.
+
+
+def read_xattr(fd: int, name: bytes, form: fmt.OverrideForm | None) -> bytes:
+    """Value of what users of the mount call `name`, of the object `fd` (O_PATH allowed) of a layer of `form`; ENODATA.
+
+    An ACL of the file system counts where none is recorded, as fuse-overlayfs has it.
+    """
+    kept = fmt.name_in_layer(name, form)
+    try:
+        return syscalls.getxattr(fd, kept)
+    except OSError as exc:
+        if exc.errno != errno.ENODATA or kept == name or name not in fmt.ACLS:
+            raise
+    return syscalls.getxattr(fd, name)
+
+
+def set_acl(fd: int, form: fmt.OverrideForm, name: bytes, value: bytes, flags: int) -> None:
+    """Record the ACL `value` of an object of an upper of `form`, and the mode that it means; EACCES, and see setxattr.
+
+    One that says no more than the mode leaves none, as file systems have it.
+    """
+    st = recorded(fd, os.fstat(fd), form)
+    kept = fmt.name_in_layer(name, form)
+    if name == fmt.ACL_DEFAULT:
+        if not stat.S_ISDIR(st.st_mode):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        syscalls.setxattr(fd, kept, value, flags)
+        return
+    bits, minimal = acl.access(value)
+    if minimal:
+        remove_xattr(fd, name, form, missing_ok=True)
+    else:
+        syscalls.setxattr(fd, kept, value, flags)
+    mode = st.st_mode & ~0o777 | bits
+    record(fd, form, fmt.Override(st.st_uid, st.st_gid, mode, st.st_rdev))
+    syscalls.chmod(fd, disk_mode(mode, form))
+
+
+def remove_xattr(fd: int, name: bytes, form: fmt.OverrideForm | None, *, missing_ok: bool = False) -> None:
+    """Remove what users of the mount call `name`, wherever it is kept; ENODATA unless `missing_ok`."""
+    kept = fmt.name_in_layer(name, form)
+    for at in dict.fromkeys((kept, name) if name in fmt.ACLS else (kept,)):
+        try:
+            syscalls.removexattr(fd, at)
+            missing_ok = True
+        except OSError as exc:
+            if exc.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+                raise
+    if not missing_ok:
+        raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+
+
+def _follow_mode(fd: int, form: fmt.OverrideForm, mode: int) -> None:
+    """Have a recorded access ACL say what chmod(2) to `mode` makes of it."""
+    name = fmt.name_in_layer(fmt.ACL_ACCESS, form)
+    value = optional_xattr(fd, name)
+    if value is not None:
+        syscalls.setxattr(fd, name, acl.with_mode(value, mode))
 
 
 def _drop_capabilities(fd: int, form: fmt.OverrideForm) -> None:
@@ -224,7 +286,7 @@ class Owners:
 
     def show_xattr(self, name: bytes, value: bytes) -> bytes:
         """A value of a layer as the mount shows it."""
-        if self._maps and name in (fmt.ACL_ACCESS, fmt.ACL_DEFAULT):
+        if self._maps and name in fmt.ACLS:
             return acl.with_ids(value, self._show_in(self._uids), self._show_in(self._gids))
         if self._uids is not None and name == fmt.CAPABILITY:
             return _with_root(value, self._uids.shown)
@@ -232,7 +294,7 @@ class Owners:
 
     def keep_xattr(self, name: bytes, value: bytes) -> bytes:
         """A value that a user of the mount sets, as the upper keeps it; EINVAL for ids that it cannot keep."""
-        if self._maps and name in (fmt.ACL_ACCESS, fmt.ACL_DEFAULT):
+        if self._maps and name in fmt.ACLS:
             return acl.with_ids(value, self._keep_in(self._uids), self._keep_in(self._gids))
         if self._uids is not None and name == fmt.CAPABILITY:
             return _with_root(value, self._keep_in(self._uids))

@@ -57,6 +57,7 @@ def mapped(layers: Layers, mounted: MountFactory) -> Path:
     return mounted(*MAPPED).path
 
 
+@pytest.mark.privileged
 def test_ids_are_shown_mapped_and_kept_as_they_were(layers: Layers, mapped: Path) -> None:
     assert owner(mapped / "root") == (1000, 2000, 0o644)
     assert owner(mapped / "one") == (110000, 220000, 0o644)
@@ -67,6 +68,7 @@ def test_ids_are_shown_mapped_and_kept_as_they_were(layers: Layers, mapped: Path
     assert owner(mapped / "d/setuid")[:2] == (110004, 220005)
 
 
+@pytest.mark.privileged
 def test_ids_are_given_mapped(layers: Layers, mapped: Path) -> None:
     os.chown(mapped / "root", 110004, 2000)
     assert owner(layers.upper / "root") == (5, 0, 0o644)
@@ -75,6 +77,7 @@ def test_ids_are_given_mapped(layers: Layers, mapped: Path) -> None:
     assert not (layers.upper / "one").exists() or owner(layers.upper / "one")[:2] == (1, 1)
 
 
+@pytest.mark.privileged
 def test_what_somebody_makes_is_theirs(layers: Layers, mapped: Path) -> None:
     os.chown(mapped, 110000, 220000)
     mapped.chmod(0o755)
@@ -93,6 +96,7 @@ def test_what_somebody_makes_is_theirs(layers: Layers, mapped: Path) -> None:
     assert owner(layers.upper / "by-nobody")[:2] == (65534, 65534)
 
 
+@pytest.mark.privileged
 def test_acls_and_capabilities_are_mapped(layers: Layers, mapped: Path) -> None:
     here = acl((Tag.USER_OBJ, 6), (Tag.USER, 7, 110004), (Tag.GROUP_OBJ, 4), (Tag.MASK, 7), (Tag.OTHER, 0))
     disk = acl((Tag.USER_OBJ, 6), (Tag.USER, 7, 5), (Tag.GROUP_OBJ, 4), (Tag.MASK, 7), (Tag.OTHER, 0))
@@ -104,6 +108,7 @@ def test_acls_and_capabilities_are_mapped(layers: Layers, mapped: Path) -> None:
     assert in_child((mapped / "one").read_bytes, uid=110004, gid=220004) == b"data"
 
 
+@pytest.mark.privileged
 def test_fuse_overlayfs_shows_the_same_owners(
     layers: Layers, mounted: MountFactory, fuse_overlayfs: MountFactory
 ) -> None:
@@ -170,7 +175,9 @@ def populated(layers: Layers) -> Layers:
     return layers
 
 
-@pytest.mark.parametrize(("permissions", "name"), [("1", PRIVILEGED), ("2", CONTAINERS)])
+@pytest.mark.parametrize(
+    ("permissions", "name"), [pytest.param("1", PRIVILEGED, marks=pytest.mark.privileged), ("2", CONTAINERS)]
+)
 def test_owners_are_kept_in_an_xattr(
     populated: Layers, mounted: MountFactory, fuse_overlayfs: MountFactory, permissions: str, name: str
 ) -> None:
@@ -189,7 +196,7 @@ def test_owners_are_kept_in_an_xattr(
             assert owners(peer.path) == shown
 
 
-@pytest.mark.parametrize("permissions", ["1", "2"])
+@pytest.mark.parametrize("permissions", [pytest.param("1", marks=pytest.mark.privileged), "2"])
 def test_what_fuse_overlayfs_keeps_is_understood(
     populated: Layers, mounted: MountFactory, fuse_overlayfs: MountFactory, permissions: str
 ) -> None:
@@ -202,6 +209,7 @@ def test_what_fuse_overlayfs_keeps_is_understood(
         assert owner(union / "new/program") == (1, shown["new/program"][1], 0o711)
 
 
+@pytest.mark.privileged
 def test_special_files_and_capabilities_need_no_privileges_on_disk(layers: Layers, mounted: MountFactory) -> None:
     capability = struct.pack("<5I", 0x02000001, 1 << 13, 0, 0, 0)
     with once(mounted("xattr_permissions=2")) as union:
@@ -233,6 +241,70 @@ def test_special_files_and_capabilities_need_no_privileges_on_disk(layers: Layer
         assert os.listxattr(union / "ping") == []
 
 
+ACCESS, DEFAULT = "system.posix_acl_access", "system.posix_acl_default"
+FRIEND = 54321
+_FRIENDS = ((Tag.USER_OBJ, 7), (Tag.USER, 6, FRIEND), (Tag.GROUP_OBJ, 5), (Tag.MASK, 7), (Tag.OTHER, 0))
+
+
+def with_acls(root: Path) -> None:
+    """What a lower may have."""
+    (root / "given").mkdir()
+    make(root / "given/old", 0, 0, 0o600)
+    os.setxattr(root / "given/old", ACCESS, acl(*_FRIENDS))
+    os.setxattr(root / "given", DEFAULT, acl(*_FRIENDS))
+
+
+def use_acls(root: Path) -> None:
+    """Lists set, inherited, changed by chmod, made needless and removed."""
+    os.utime(root / "given/old")
+    (root / "made").mkdir()
+    for directory in ("given", "made"):
+        os.setxattr(root / directory, DEFAULT, acl(*_FRIENDS))
+        (root / directory / "sub").mkdir(0o750)
+        for name in ("kept", "narrowed", "freed", "minimal"):
+            os.close(os.open(root / directory / name, os.O_CREAT | os.O_WRONLY, 0o664))
+        os.chmod(root / directory / "narrowed", 0o640)
+        os.removexattr(root / directory / "freed", ACCESS)
+        os.setxattr(root / directory / "minimal", ACCESS, acl((Tag.USER_OBJ, 6), (Tag.GROUP_OBJ, 4), (Tag.OTHER, 1)))
+    os.removexattr(root / "made", DEFAULT)
+
+
+def lists(root: Path) -> dict[str, tuple[int, dict[str, bytes]]]:
+    """Permissions and ACLs of everything beneath `root`, and whether somebody in them may read it."""
+    return {
+        str(path.relative_to(root)): (
+            stat.S_IMODE(path.stat().st_mode),
+            {name: os.getxattr(path, name) for name in os.listxattr(path) if name in (ACCESS, DEFAULT)},
+        )
+        for path in sorted(root.rglob("*"))
+    }
+
+
+@pytest.mark.parametrize("permissions", [pytest.param(1, marks=pytest.mark.privileged), 2])
+def test_lists_are_kept_with_the_mode(permissions: int, layers: Layers, mounted: MountFactory, plain: Path) -> None:
+    for root in (layers.lower, plain):
+        with_acls(root)
+    use_acls(plain)
+    with once(mounted(f"xattr_permissions={permissions}")) as union:
+        use_acls(union.path)
+        assert lists(union.path) == lists(plain)
+    assert not [path for path in layers.upper.rglob("*") for name in os.listxattr(path) if name in (ACCESS, DEFAULT)]
+    with once(mounted()) as union:
+        assert lists(union.path) == lists(plain)
+
+
+@pytest.mark.privileged
+def test_lists_kept_with_the_mode_decide(layers: Layers, mounted: MountFactory) -> None:
+    with once(mounted("xattr_permissions=2")) as union:
+        secret = make(union / "secret", 0, 0, 0o600)
+        assert in_child(lambda: errno_of(secret.read_bytes), uid=FRIEND) == "EACCES"
+        os.setxattr(secret, ACCESS, acl(*_FRIENDS))
+        assert in_child(lambda: errno_of(secret.read_bytes), uid=FRIEND) == "ok"
+        os.chmod(secret, 0o600)
+        assert in_child(lambda: errno_of(secret.read_bytes), uid=FRIEND) == "EACCES"
+
+
+@pytest.mark.privileged
 def test_a_layer_says_by_its_root_that_owners_are_in_xattrs(layers: Layers, mounted: MountFactory) -> None:
     os.setxattr(layers.lower, CONTAINERS, b"0:0:0755")
     for name, said in (("file", b"5:6:4750:file"), ("tty", b"0:5:620:char-4-1"), ("plain", b"")):
