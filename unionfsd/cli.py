@@ -23,8 +23,13 @@ from unionfsd.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from unionfsd.options import MountConfig
+
 _USAGE = "unionfsd [SOURCE] MOUNTPOINT -o OPTION[,OPTION...]... [-f] [-d]"
 _USAGE_CONFIG = "unionfsd --config FILE [NAME] [-o OPTION[,...]]... [-f] [-d]"
+_USAGE_CHECK = "unionfsd --check [[SOURCE] MOUNTPOINT] -o OPTION[,OPTION...]..."
+#: What `--check` returns when it found any, as unionfsctl doctor does.
+_PROBLEMS = 1
 _ABOUT = """\
 Mount a union of directories: read-only lower layers under a writable upper one.
 The layers are given by -o and are on disk what the kernel's overlayfs has.
@@ -32,6 +37,8 @@ The layers are given by -o and are on disk what the kernel's overlayfs has.
   -o OPTION[,...]  mount options, see below; may be repeated
   --config FILE    mount what a TOML file describes, see unionfsd.toml(5);
                    options given by -o count more than those of the file
+  --check          mount nothing: say what is wrong with the upper, as
+                   unionfsctl doctor does, and exit with 1 if anything is
   -f               stay in the foreground
   -d               stay in the foreground and log everything
   -V, --version    print the version
@@ -80,15 +87,45 @@ def _run(arguments: list[str]) -> int:
         return errors.OK
     if given.version:
         return main(["--version"])
-    from unionfsd import daemon, options
+    from unionfsd import options
 
+    if given.check and not given.config:
+        given.places = given.places or ["/"]  # where it would be mounted does not matter
     source, mountpoint, texts = _from_file(given) if given.config else (*_places(given.places), _options(given))
     config = options.parse(texts).config(os.fsencode(mountpoint), source, root=os.geteuid() == 0)
+    if given.check:
+        return _check(config)
     if given.namespace:
         raise UserError("-N is not supported", hint="enter the namespace first: nsenter --mount=NAMESPACE mount ...")
     if given.fake:
         return errors.OK
+    from unionfsd import daemon
+
     return daemon.run(config, foreground=given.foreground or config.debug)
+
+
+def _check(config: MountConfig) -> int:
+    """What is wrong with the upper of a mount that is not there; without an upper, whether the layers make a union."""
+    from unionfsd.doctor import examine
+    from unionfsd.opening import check_overlap, open_idle, open_stack
+
+    for warning in config.warnings:
+        print(f"unionfsd: {warning}", file=sys.stderr)
+    if config.upperdir is None:
+        open_stack(config).close()
+        return errors.OK
+    check_overlap(config)
+    stack = open_idle(config.upperdir, config.lowerdirs, config.workdir, config.datadirs)
+    wrong = False
+    try:
+        for found in examine(stack):
+            print(found.line)
+            wrong |= found.is_problem
+    except OSError as error:
+        raise UserError(f"{os.fsdecode(config.upperdir)}: {errors.reason(error)}", code=errors.LAYER) from error
+    finally:
+        stack.close()
+    return _PROBLEMS if wrong else errors.OK
 
 
 def _places(words: list[str]) -> tuple[str, str]:
@@ -127,11 +164,11 @@ class _Given:
         self.places: list[str] = []
         self.options: list[str] = []
         self.config = self.type = self.namespace = ""
-        self.help = self.version = self.foreground = self.debug = self.fake = self.ignored = False
+        self.help = self.version = self.foreground = self.debug = self.fake = self.check = self.ignored = False
 
 
 _COMMON: Final = {"-h": "help", "--help": "help", "-V": "version", "--version": "version", "-o": "options"}
-_OWN: Final = {**_COMMON, "-f": "foreground", "-d": "debug", "--config": "config"}
+_OWN: Final = {**_COMMON, "-f": "foreground", "-d": "debug", "--config": "config", "--check": "check"}
 #: What mount(8) passes to a helper, "External helpers" in its manual: here -f is a dry run. Of the others: unknown
 #: options are ignored anyway, there is no mtab, and nothing more to tell.
 _HELPER: Final = {
@@ -173,7 +210,7 @@ def _help() -> str:
 
     from unionfsd.options.table import GROUPS
 
-    lines = [f"usage: {_USAGE}", f"       {_USAGE_CONFIG}", "", _ABOUT]
+    lines = [f"usage: {_USAGE}", f"       {_USAGE_CONFIG}", f"       {_USAGE_CHECK}", "", _ABOUT]
     for title, rows in GROUPS:
         lines.append(f"{title}:")
         for row in rows:

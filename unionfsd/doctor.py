@@ -18,7 +18,9 @@ from typing import Final, NamedTuple
 from . import format as fmt
 from . import syscalls
 from .entries import UPPER, Entry
+from .errors import one_line
 from .fdcache import FdCache
+from .identity import other_lowers
 from .inodes import DirNode
 from .layers import LayerStack, exists, optional_xattr, xattr_names
 from .lookup import Resolver
@@ -26,7 +28,15 @@ from .syscalls import stat_or_none
 
 #: Findings that are a matter of taste: unionfsd understands them, others may not.
 NOTES: Final = frozenset(
-    ("foreign-opaque", "mixed-whiteouts", "mixed-namespaces", "needless-whiteout", "dead-origin", "aufs-leftover")
+    (
+        "foreign-opaque",
+        "mixed-whiteouts",
+        "mixed-namespaces",
+        "needless-whiteout",
+        "dead-origin",
+        "aufs-leftover",
+        "copied-lowers",
+    )
 )
 
 
@@ -42,6 +52,11 @@ class Finding(NamedTuple):
     def is_problem(self) -> bool:
         """Whether it is more than a note."""
         return self.code not in NOTES
+
+    @property
+    def line(self) -> str:
+        """It, for people."""
+        return f"{self.code}: {self.where}:{one_line(os.fsdecode(self.path))}: {one_line(self.detail)}"
 
 
 class Whiteout(NamedTuple):
@@ -147,6 +162,7 @@ def examine(stack: LayerStack) -> Iterator[Finding]:
         yield from check.directory(directory)
     yield from walk.findings
     yield from check.whole()
+    yield from _identity(stack)
     if stack.work is not None:
         yield from _work(stack)
 
@@ -297,6 +313,13 @@ def _decodes(stack: LayerStack) -> bool:
     return True
 
 
+def _identity(stack: LayerStack) -> Iterator[Finding]:
+    other = other_lowers(stack) if stack.lowers else None
+    if other is not None:
+        code = "copied-lowers" if other.copied else "other-lowers"
+        yield Finding(code, b"/", f"was used with {os.fsdecode(other.path)}, which is none of the lowers")
+
+
 # The work directory.
 
 
@@ -309,7 +332,7 @@ def _work(stack: LayerStack) -> Iterator[Finding]:
         elif name == fmt.INDEX:
             with syscalls.open_dir(stack.work.fd, name) as fd:
                 yield from _index(fd.fd, stack)
-        else:
+        elif name not in (fmt.EXPORTS, fmt.EXPORTS_STAGED):
             yield Finding("foreign-work", b"/" + name, "not a union's: the work directory is refused", "work")
 
 

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 def open_stack(config: MountConfig) -> LayerStack:
     """Open the layers that `config` names, lock upper and work, and refuse what cannot be a union (UserError)."""
-    _check_overlap(config)
+    check_overlap(config)
     with contextlib.ExitStack() as opened:
         lowers = tuple(_open_lower(path, config.mountpoint, opened) for path in config.lowerdirs)
         data = tuple(_open_lower(path, config.mountpoint, opened) for path in config.datadirs)
@@ -41,17 +41,16 @@ def open_stack(config: MountConfig) -> LayerStack:
         return stack
 
 
-def open_idle(upper: bytes, lowers: tuple[bytes, ...], work: bytes | None) -> LayerStack:
+def open_idle(upper: bytes, lowers: tuple[bytes, ...], work: bytes | None, data: tuple[bytes, ...] = ()) -> LayerStack:
     """Open layers to look at them, and lock the upper: UserError for one that a mount has, or that is no directory."""
     with contextlib.ExitStack() as opened:
         st = _directory(upper, "upper")
         lock = _locked(upper, "upper", opened)
         refuse_kernel_mount(upper, st)
         top = Layer(upper, opened.enter_context(_open_root(upper, "upper")), writable=True, noatime=False)
-        below = tuple(_open_lower(path, b"/", opened) for path in lowers)
-        stack = LayerStack(
-            below, top, None if work is None else opened.enter_context(_open_root(work, "work")), (lock,)
-        )
+        below, beside = (tuple(_open_lower(path, b"/", opened) for path in paths) for paths in (lowers, data))
+        root = None if work is None else opened.enter_context(_open_root(work, "work"))
+        stack = LayerStack(below, top, root, (lock,), beside)
         opened.pop_all()
         return stack
 
@@ -140,7 +139,7 @@ def _locked(path: bytes, what: str, opened: contextlib.ExitStack) -> Fd:
     return fd
 
 
-def _check_overlap(config: MountConfig) -> None:
+def check_overlap(config: MountConfig) -> None:
     """Refuse a layer that is, or lies inside, another one, as ovl_check_overlapping_layers does."""
     if not config.lowerdirs:
         raise UserError("no lowerdir given", hint="give -o lowerdir=DIR[:DIR...], top first")

@@ -18,36 +18,34 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Final, TypeVar
 
-from . import intent, syscalls
+from . import syscalls
 from .abilities import Abilities
 from .attributes import Attr, Attributes, Found, SetAttr
 from .copyup import CopyUp
 from .entries import UPPER
 from .errors import LAYER, UserError
 from .events import Events
+from .exports import Exports, Register
 from .fdcache import FdCache, fd_budget
 from .guard import Guard
 from .handles import Handles
 from .heir import Heir, Inheritance
-from .index import Index, open_index
 from .inodes import ROOT_ID, DirNode, Node, NodeTable, child, path_of, path_to
 from .integrity import integrity
 from .layers import LayerStack
-from .ledger import Ledger
 from .listing import Dirent
 from .lookup import Hit, Resolver
 from .metadata import Keeping
 from .metrics import Counters, Holdings, Statistics
 from .mutations import Caller, Mutations
-from .opening import open_stack
 from .options import MountConfig
-from .owners import Owners, StatLike, keep_owners
+from .owners import Owners, StatLike
+from .parts import Parts, open_parts
 from .places import Places, fail
 from .readers import Readers
 from .refresh import Memory
 from .renames import Renames
 from .steps import Blocking, FrozenError, Gate, Op
-from .workdir import Workdir, open_workdir
 
 __all__ = ["ROOT_ID", "Attr", "Caller", "Dirent", "Found", "SetAttr", "StatLike", "Union"]
 
@@ -61,14 +59,8 @@ class Union:
 
     root: Final = ROOT_ID
 
-    def __init__(
-        self,
-        stack: LayerStack,
-        work: Workdir | None,
-        config: MountConfig,
-        index: Index | None = None,
-        ledger: Ledger | None = None,
-    ) -> None:
+    def __init__(self, parts: Parts, config: MountConfig) -> None:
+        stack, work, index, seen = parts
         self.config = config
         self.counters = Counters()
         self.events = Events(always=config.events == "on")
@@ -83,8 +75,13 @@ class Union:
         self._resolver.integrity = integrity(stack, self._fds, self.counters, self.events)
         root = self._resolver.root()
         self._readers = Readers(self._resolver)
-        self._table = NodeTable(root.entry, root.ino, self._fds, self._dropped, ledger, work.let_go if work else None)
+        register = None if seen is None else Register.new()
+        self._table = NodeTable(root.entry, root.ino, self._fds, self._dropped, register, work.let_go if work else None)
         self.ledger = self._table.ledger
+        #: Set where nodeids mean the same after they were forgotten: then `reach` finds them.
+        self.exports: Exports | None = None
+        if seen is not None and register is not None:
+            self.exports = Exports(seen, register, self._resolver, self._table, self._node)
         owners = Owners(config)
         guard = Guard(self._resolver, work)
         copy_up = None
@@ -111,20 +108,14 @@ class Union:
     @classmethod
     def mount(cls, config: MountConfig) -> Union:
         """Open, check and lock the layers of `config` and sweep the work directory; UserError for what cannot be."""
-        stack = open_stack(config)
+        parts = open_parts(config)
         try:
-            work = index = None
-            if stack.work is not None and stack.upper is not None:
-                work = open_workdir(stack, config)
-                intent.recover(work, stack.upper.root.fd)
-                keep_owners(stack, config)
-                index = open_index(stack, work, config)
-            return cls(stack, work, config, index)
+            return cls(parts, config)
         except OSError as exc:
-            stack.close()
+            parts.stack.close()
             raise UserError(f"layers: {exc}", hint="a layer cannot be read", code=LAYER) from exc
         except BaseException:
-            stack.close()
+            parts.stack.close()
             raise
 
     def _dropped(self, node: DirNode) -> None:
@@ -218,7 +209,16 @@ class Union:
     def _found(self, node: Node, st: os.stat_result) -> Found:
         attr = self._attributes.show_new(node, st, self._table)
         self._table.looked_up(node)
-        return Found(node.nodeid, 0, attr)
+        generation = 0 if self.exports is None else self.exports.generation(node)
+        return Found(node.nodeid, generation, attr)
+
+    def reach(self, nodeid: int, name: bytes) -> Found:
+        """The object `nodeid`, known or not (`name` "."), or the parent of such a directory (".."); ESTALE."""
+        assert self.exports is not None
+        node = self.exports.reach(nodeid)
+        if name == b"..":
+            node = self.exports.reach(self.parent(node.nodeid))
+        return self._found(node, self._resolver.stat(node))
 
     def _made(self, parent: DirNode, name: bytes) -> Found:
         """What was just made under a name that was free: it is in the upper alone, whatever lowers have."""
@@ -457,6 +457,8 @@ class Union:
         """Close every descriptor and give up the locks."""
         self._table.close()
         self._fds.close()
+        if self.exports is not None:
+            self.exports.close()
         if self._index is not None:
             self._index.close()
         if self._work is not None:

@@ -33,7 +33,7 @@ INTENT: Final = b"#intent"
 #: What has no name in the union any more, but is in use, has one in work: this and its nodeid.
 _KEPT: Final = b"#o"
 
-_OURS: Final = {fmt.WORK, fmt.INDEX}
+_OURS: Final = {fmt.WORK, fmt.INDEX, fmt.EXPORTS, fmt.EXPORTS_STAGED}
 
 
 class Staged:

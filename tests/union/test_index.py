@@ -291,7 +291,7 @@ def test_a_strange_index_is_refused(change: str, stack: Stack, caplog: pytest.Lo
     if change == "lower":
         other = stack.path + b"/other"
         os.mkdir(other)
-        stack.lowers = [other]
+        stack.lowers.insert(0, other)
     else:
         assert stack.upper is not None
         os.rename(stack.upper, stack.path + b"/old")

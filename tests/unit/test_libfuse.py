@@ -34,6 +34,7 @@ class FakeUnion:
     """Answers every call with what `answers` has for its name: a value, or an exception to raise."""
 
     root = 1
+    exports = False
 
     def __init__(self, **answers: Any) -> None:
         self.counters = Counters()

@@ -14,7 +14,7 @@ from unionfsd import syscalls
 from unionfsd.errors import USAGE, UserError
 from unionfsd.options import MountConfig, parse
 from unionfsd.options.__main__ import MARK, renewed, tables
-from unionfsd.options.effects import Later, Nothing, Option, Refused, Security, Value, Word
+from unionfsd.options.effects import Anyway, Nothing, Option, Refused, Security, Value, Word
 from unionfsd.options.table import GROUPS, OPTIONS
 from unionfsd.options.text import split, split_options, unescape
 
@@ -274,10 +274,10 @@ def test_what_callers_add_passes_in_silence(text: str) -> None:
     assert config(text).warnings == ()
 
 
-@pytest.mark.parametrize("name", ["nfs_export"])
-def test_what_overlayfs_can_and_we_cannot_yet_is_a_warning(name: str) -> None:
-    (warning,) = config(f"{name}=on").warnings
-    assert warning.startswith(f"{name}=on is not supported yet")
+def test_file_handles_need_the_index_and_a_work_directory() -> None:
+    assert config("nfs_export=on", "workdir=/w").workdir == b"/w"
+    assert config("nfs_export=off", "workdir=/w").workdir is None
+    assert "index=off" in refused("nfs_export=on,index=off")
 
 
 def test_owners_as_fuse_overlayfs_has_them() -> None:
@@ -336,9 +336,9 @@ def test_a_row_is_whole(row: Option) -> None:
         case Word(field):
             assert field in fields
             assert not row.argument
-        case Later(same, without):
-            assert row.argument == "|".join((*same, *without))
-            assert row.default in same
+        case Anyway(values):
+            assert row.argument == "|".join(values)
+            assert row.default in values
         case Security():
             assert row.argument
 

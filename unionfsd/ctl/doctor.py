@@ -51,8 +51,8 @@ def _examine(given: argparse.Namespace, stack: LayerStack) -> int:
         ]
         print(json.dumps({"findings": rows}, indent=2))
     else:
-        for code, path, detail, where in found:
-            print(f"{code}: {where}:{show.name(_text(path))}: {show.name(detail)}")
+        for finding in found:
+            print(finding.line)
     return NEGATIVE if any(finding.is_problem for finding in found) else OK
 
 

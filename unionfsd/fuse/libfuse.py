@@ -64,6 +64,7 @@ async def serve(union: Union, fuse_fd: int, config: MountConfig, *, started: Cal
     os.set_blocking(fuse_fd, True)
     operations = _Operations(union, config.timeout, started)
     operations.enable_acl = not config.noacl
+    operations.supports_dot_lookup = bool(union.exports)
     _open_session(operations, fuse_fd)
     try:
         await pyfuse3.main(max_tasks=_MAX_TASKS)
@@ -112,7 +113,7 @@ def _handler(fn: Callable[..., Any]) -> _Handler:
 class _Operations(pyfuse3.Operations):
     """pyfuse3's names for the operations of one union."""
 
-    supports_dot_lookup = False  # only the export to NFS looks "." and ".." up
+    supports_dot_lookup = False
     enable_writeback_cache = False
     enable_acl = True
 
@@ -164,6 +165,8 @@ class _Operations(pyfuse3.Operations):
     @_handler
     def lookup(self, parent: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         try:
+            if name in (b".", b".."):
+                return self._entry(self._union.reach(parent, name))
             return self._entry(self._union.lookup(parent, name))
         except FileNotFoundError:
             return self._absent()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _BODY: Final = wire.BODY
 _NS: Final = 1_000_000_000
+_DOTS: Final = (b".", b"..")
 _PERMISSIONS: Final = 0o7777
 _CHANGES: Final = (
     abi.FATTR_MODE
@@ -52,7 +53,7 @@ class Names:
     def table(self) -> dict[Opcode, Handler]:
         """The handlers by opcode."""
         return {
-            Opcode.LOOKUP: self._lookup,
+            Opcode.LOOKUP: self._lookup_exported if self._union.exports else self._lookup,
             Opcode.FORGET: self._forget,
             Opcode.BATCH_FORGET: self._batch_forget,
             Opcode.GETATTR: self._getattr,
@@ -85,6 +86,11 @@ class Names:
         except FileNotFoundError:
             return self._absent
         return exchange.entry(found)
+
+    def _lookup_exported(self, nodeid: int, end: int) -> Payload:
+        exchange = self._exchange
+        name = wire.looked_up(exchange.buf, _BODY, end)
+        return exchange.entry(self._union.reach(nodeid, name)) if name in _DOTS else self._lookup(nodeid, end)
 
     def _forget(self, nodeid: int, end: int) -> None:
         self._union.forget(nodeid, wire.FORGET_IN.unpack_from(self._exchange.buf, _BODY)[0])

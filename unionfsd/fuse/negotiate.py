@@ -4,7 +4,8 @@ A feature is asked for only when offered, so one list serves every kernel from 5
 
 - ATOMIC_O_TRUNC: truncation must arrive as SETATTR, because in cached mode no OPEN does.
 - POSIX_LOCKS, FLOCK_LOCKS: the kernel's own locks are right, one kernel serves the mount.
-- EXPORT_SUPPORT: a nodeid means nothing once forgotten.
+- EXPORT_SUPPORT, unless nfs_export=on: a nodeid means nothing once forgotten. With NO_EXPORT_SUPPORT the kernel gives
+  no file handles then, which an overlay on top of the mount would keep in its upper.
 - CREATE_SUPP_GROUP: the union gives objects the group of a setgid parent and is not bound by the caller's groups.
 - READDIRPLUS_AUTO: whether entries are looked up with a listing is decided in `dirs`.
 - SPLICE_*: the payload passes through Python's hands once, as a view.
@@ -66,6 +67,8 @@ class Wanted(NamedTuple):
     """POSIX ACLs count."""
     passthrough: bool
     """The kernel reads and writes files itself, if it can. Opens are then sent; else they are declined, once."""
+    export: bool
+    """File handles of the mount mean the same after their nodes were forgotten."""
 
     @classmethod
     def of(cls, config: MountConfig) -> Wanted:
@@ -76,6 +79,7 @@ class Wanted(NamedTuple):
             sole_writer=sole_writer,
             acl=not config.noacl,
             passthrough=config.io == "passthrough",
+            export=config.nfs_export == "on",
         )
 
 
@@ -142,6 +146,7 @@ def other_major() -> bytes:
 def _wishes(wanted: Wanted) -> InitFlag:
     flags = _ALWAYS
     flags |= InitFlag.EXPLICIT_INVAL_DATA if wanted.sole_writer else InitFlag.AUTO_INVAL_DATA
+    flags |= InitFlag.EXPORT_SUPPORT if wanted.export else InitFlag.NO_EXPORT_SUPPORT
     if wanted.acl:
         flags |= InitFlag.POSIX_ACL
     if wanted.writeback:

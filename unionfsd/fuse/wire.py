@@ -155,6 +155,13 @@ def name(buf: Buffer, start: int, end: int) -> bytes:
     return raw[:-1]
 
 
+def looked_up(buf: Buffer, start: int, end: int) -> bytes:
+    """The same of a LOOKUP after EXPORT_SUPPORT: a file name, or ``.`` or ``..``."""
+    raw = buf[start:end]
+    return raw[:-1] if raw in _DOTS else name(buf, start, end)
+
+
+_DOTS: Final = (b".\0", b"..\0")
 _NOT_NAMES: Final = frozenset((b"", b"\0", b".\0", b"..\0"))
 
 

@@ -53,7 +53,7 @@ class MountConfig(NamedTuple):
     """What lowers, and then data-only layers, must hold; empty when nothing is checked, else one for each of them."""
     upperdir: bytes | None = None
     workdir: bytes | None = None
-    """Set exactly when `upperdir` is."""
+    """Set when `upperdir` is; without, only to keep there what file handles mean."""
     source: str = ""
     """The first word of a mount table line, as given; empty when none was."""
     fsname: str = "unionfsd"
@@ -73,6 +73,10 @@ class MountConfig(NamedTuple):
     metacopy: Switch = "off"
     verity: Verity = "off"
     index: Literal["auto", "on", "off"] = "auto"  # type: ignore[assignment]  # nobody wants tuple's method
+    nfs_export: Switch = "off"
+    """Whether file handles of the mount stay good."""
+    rebase: bool = False
+    """An upper that was used with other lowers is accepted, and made one of these."""
     timeout: float = FOREVER
     """Seconds the kernel may cache names (also absent ones) and attributes."""
     uid: int | None = None
@@ -213,12 +217,18 @@ def _check_layers(fields: dict[str, Any]) -> Iterator[str]:
         raise UserError("upperdir needs a workdir", hint="add workdir=DIR, an empty directory beside the upper")
     if fields.get("metacopy") == "on":
         _check_metacopy(fields)
+    if fields.get("nfs_export") == "on" and fields.get("index") == "off":
+        raise UserError("nfs_export=on does not go with index=off", hint="names of hard links would part")
+    if fields.get("nfs_export") == "on" and fields.get("keeper", "on") == "on":
+        if "keeper" in fields:
+            yield "keeper=off: with nfs_export=on nodes are not handed on to another process"
+        fields["keeper"] = "off"
     if "verify" in fields and len(fields["verify"]) != len(fields["lowerdirs"]) + len(fields["datadirs"]):
         raise UserError(
             f"verify names {len(fields['verify'])} files for {len(fields['lowerdirs'])} layers",
             hint="name one for each lower, in their order, or leave it empty between colons",
         )
-    if "workdir" in fields and "upperdir" not in fields:
+    if "workdir" in fields and "upperdir" not in fields and fields.get("nfs_export") != "on":
         del fields["workdir"]
         yield "workdir ignored: without upperdir the union is read-only"
 

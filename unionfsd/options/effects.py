@@ -93,17 +93,14 @@ class Nothing(NamedTuple):
         return
 
 
-class Later(NamedTuple):
-    """An option of kernel overlayfs: values in `same` say what is done anyway, those in `without` are not there yet."""
+class Anyway(NamedTuple):
+    """An option of which all `values` come to the same."""
 
-    same: tuple[str, ...]
-    without: tuple[str, ...]
+    values: tuple[str, ...]
 
     def apply(self, draft: Draft, name: str, text: str) -> None:
-        if text in self.without:
-            draft.warnings.append(f"{name}={text} is not supported yet: going on with {name}={self.same[0]}")
-        elif text not in self.same:
-            raise ValueError(f"not one of {', '.join(self.same + self.without)}")
+        if text not in self.values:
+            raise ValueError(f"not one of {', '.join(self.values)}")
 
 
 class Refused(NamedTuple):
@@ -115,7 +112,7 @@ class Refused(NamedTuple):
         raise UserError(f"option {name}: not supported", hint=self.hint)
 
 
-Effect = Value | Lowers | AddLower | Word | SquashToRoot | Flag | Security | Nothing | Later | Refused
+Effect = Value | Lowers | AddLower | Word | SquashToRoot | Flag | Security | Nothing | Anyway | Refused
 
 
 class Option(NamedTuple):

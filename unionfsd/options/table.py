@@ -10,8 +10,8 @@ from typing import Final
 from unionfsd import syscalls
 from unionfsd.options.effects import (
     AddLower,
+    Anyway,
     Flag,
-    Later,
     Lowers,
     Nothing,
     Option,
@@ -319,10 +319,25 @@ GROUPS: Final[tuple[tuple[str, tuple[Option, ...]], ...]] = (
                 "auto|on|off",
                 "auto",
             ),
-            Option("nfs_export", Later(("off",), ("on",)), "File handles that survive a remount.", "off|on", "off"),
+            Option(
+                "rebase",
+                Word("rebase", True),
+                "Accept lowers other than those that the upper was used with, which is refused otherwise: what it says "
+                "of those becomes true of these. Needed once.",
+            ),
+            Option(
+                "nfs_export",
+                Value("nfs_export", one_of("off", "on")),
+                "File handles (name_to_handle_at(2)) mean the same object for as long as it is there, after a remount, "
+                "too, so that the mount can be exported by NFS. Takes memory for every object that was ever looked up, "
+                "and does without a `keeper`. A read-only union needs a `workdir` for it. With `off` there are no file "
+                "handles.",
+                "off|on",
+                "off",
+            ),
             Option(
                 "xino",
-                Later(("auto", "on", "off"), ()),
+                Anyway(("auto", "on", "off")),
                 "Inode numbers are unique over the layers' file systems and kept over remounts in any case: the mount "
                 "has one device number.",
                 "auto|on|off",
