@@ -45,14 +45,34 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=[str(mode) for mode in (*MODES, WRITETHROUGH, REFERENCE)],
         help="run the mount tests over this mode only; may be repeated (default: every mode but the reference)",
     )
+    parser.addoption(
+        "--rootless",
+        choices=("userns", "user"),
+        help="run the tests as root of a user namespace, or as an ordinary user who mounts through fusermount3",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "deviates: the kernel's overlayfs does otherwise; docs/deviations.md says why")
     config.addinivalue_line("markers", "privileged: needs root's rights over the machine, or other users")
+    config.addinivalue_line("markers", "owners: gives things to other users, which an ordinary user cannot")
     # Under nohup, or in the background of a script, daemons would inherit that these signals are nothing to them.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    """With --rootless, pytest within pytest, with the same arguments."""
+    who = config.getoption("--rootless")
+    if who is None:
+        return None
+    from tests.system.rootless import run_pytest
+
+    words = [str(word) for word in config.invocation_params.args]
+    at = next(index for index, word in enumerate(words) if word.startswith("--rootless"))
+    del words[at : at + (1 if "=" in words[at] else 2)]
+    with tempfile.TemporaryDirectory(dir=harness.DISK, prefix="unionfsd-") as root:
+        return run_pytest(who, Path(root), words, seconds=None, shown=True).returncode
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -71,6 +91,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items
         if (item.get_closest_marker("deviates") and str(REFERENCE) in item.nodeid)
         or (item.get_closest_marker("privileged") and harness.ROOTLESS)
+        or (item.get_closest_marker("owners") and harness.ROOTLESS == "user")
     ]
     if skipped:
         config.hook.pytest_deselected(items=skipped)

@@ -131,6 +131,7 @@ def test_what_is_still_kept_by_the_kernel_is_no_hole(traced: Daemon) -> None:
         assert os.lseek(new.fileno(), 0, os.SEEK_HOLE) == 4
 
 
+@pytest.mark.privileged
 def test_readahead_is_wide(traced: Daemon) -> None:
     device = os.stat(traced.path).st_dev
     setting = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")

@@ -282,6 +282,7 @@ class Ordinary:
         return self.cli.complete(["unshare", "--mount", "sh", "-c", script])
 
 
+@pytest.mark.privileged
 def test_an_ordinary_user(cli: Cli) -> None:
     run_as_root = Ordinary(cli)
     me = Ordinary.BECOME
@@ -303,6 +304,7 @@ def test_an_ordinary_user(cli: Cli) -> None:
     cli.wait_until_ended()
 
 
+@pytest.mark.privileged
 def test_fusermount_s_refusal_is_passed_on(cli: Cli) -> None:
     run_as_root = Ordinary(cli)
     (cli.layers.root / "fuse.conf").touch()
@@ -316,6 +318,7 @@ def test_fusermount_s_refusal_is_passed_on(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+@pytest.mark.privileged
 def test_a_signal_unmounts_an_ordinary_user_s_mount(busy: bool, cli: Cli) -> None:
     run_as_root = Ordinary(cli)
     me = Ordinary.BECOME

@@ -292,6 +292,7 @@ def test_nobody_else_gets_in(mount: Daemon) -> None:
     assert as_user(lambda: errno_of(connect)) == "EACCES"
 
 
+@pytest.mark.privileged
 def test_a_group_may_get_in(layers: Layers, daemon: DaemonFactory) -> None:
     mount = daemon("control_group=54399")
 
@@ -537,6 +538,7 @@ def test_status_is_quick(mount: Daemon) -> None:
     assert min(once() for _ in range(8)) < 0.08
 
 
+@pytest.mark.privileged
 def test_nothing_is_imported_that_a_verb_does_not_need() -> None:
     script = "import sys, unionfsd.ctl.main as m; m.parser(); import unionfsd.ctl.verbs; print(*sys.modules)"
     modules = run(sys.executable, "-c", script).split()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import WRITETHROUGH, Layers, MountFactory, as_user, in_child, small_disk, wait_for
+from tests.harness import ROOTLESS, WRITETHROUGH, Layers, MountFactory, as_user, in_child, small_disk, wait_for
 from tests.trees import (
     ACCESS,
     CAPABILITY,
@@ -31,6 +31,8 @@ from tests.trees import (
 MORE_MODES = (WRITETHROUGH,)
 
 MINUTE = 60 * 1_000_000_000
+#: An xattr that few may see, where there is such a thing.
+SECRET = "user.secret" if ROOTLESS else "trusted.secret"
 
 ACL = acl((Tag.USER_OBJ, 7), (Tag.USER, 5, 4242), (Tag.GROUP_OBJ, 5), (Tag.MASK, 7), (Tag.OTHER, 0))
 
@@ -47,7 +49,7 @@ def rich_tree(root: Path) -> Path:
         if path.is_dir():
             os.setxattr(path, DEFAULT, ACL)
         os.setxattr(path, "user.colour", b"blue %d" % number)
-        os.setxattr(path, "trusted.secret", bytes(range(256)))
+        os.setxattr(path, SECRET, bytes(range(256)))
         os.utime(path, ns=(number * MINUTE + 1, number * MINUTE + 2))
     os.setxattr(root / "a/b/x", CAPABILITY, capability(10))
     return root / "a/b/x"
@@ -137,6 +139,7 @@ _WRITES = {"content", "size", "mtime_ns", "xattrs"}
 
 
 @pytest.mark.parametrize("way", IN_PLACE, ids=lambda way: str(way.__name__))
+@pytest.mark.owners
 def test_copy_up_keeps_everything_it_was_not_asked_to_change(way: Way, layers: Layers, mounted: MountFactory) -> None:
     """Of the object, of the directories above it, and in upper as in the union; the mode may follow a removed ACL."""
     rich_tree(layers.lower)
@@ -155,18 +158,20 @@ def test_copy_up_keeps_everything_it_was_not_asked_to_change(way: Way, layers: L
     assert describe(path) == after
 
 
+@pytest.mark.owners
 def test_the_other_xattrs_survive_a_change_of_one(layers: Layers, mounted: MountFactory) -> None:
     rich_tree(layers.lower)
     mount = mounted()
     path = mount / "a/b/x"
     os.setxattr(path, "user.new", b"1")
-    assert os.getxattr(path, "trusted.secret") == bytes(range(256))
+    assert os.getxattr(path, SECRET) == bytes(range(256))
     assert os.getxattr(path, "user.colour") == b"blue 1"
     assert os.getxattr(path, ACCESS) == ACL
     assert os.getxattr(path, CAPABILITY) == capability(10)
 
 
 @pytest.mark.parametrize("way", [*IN_PLACE, by_rename], ids=lambda way: str(way.__name__))
+@pytest.mark.owners
 def test_one_inode_for_life(way: Way, layers: Layers, mounted: MountFactory) -> None:
     """st_ino and st_dev, by name, through open descriptors and in the listing, before and after."""
     rich_tree(layers.lower)
@@ -203,6 +208,7 @@ def test_unlink_never_copies_up(kind: str, layers: Layers, mounted: MountFactory
     assert is_whiteout(layers.upper / "d/x")
 
 
+@pytest.mark.owners
 def test_reading_never_copies_up(layers: Layers, mounted: MountFactory) -> None:
     rich_tree(layers.lower)
     mount = mounted()
@@ -258,6 +264,7 @@ def test_large_files_are_copied_exactly(layers: Layers, mounted: MountFactory) -
     assert describe(mount / "x") == {**before, "mode": "0o600"}
 
 
+@pytest.mark.owners
 def test_files_of_the_middle_layer_are_copied_up(layers: Layers, mounted: MountFactory) -> None:
     """The directory's attributes are the topmost layer's, the file comes from wherever it is."""
     rich_tree(layers.lower)
@@ -329,6 +336,7 @@ def _change(way: str, path: Path) -> None:
 
 
 @pytest.mark.parametrize("way", ["chmod", "link", "rename", "truncate", "setxattr", "write"])
+@pytest.mark.privileged
 def test_a_copy_up_without_space_changes_nothing(way: str, cramped: Layers, mounted: MountFactory) -> None:
     mount = mounted(layers=cramped)
     before = snapshot(mount.path)
@@ -345,6 +353,7 @@ def test_a_copy_up_without_space_changes_nothing(way: str, cramped: Layers, moun
     assert (mount / "d").is_dir()
 
 
+@pytest.mark.privileged
 def test_a_full_disk_is_told_to_the_writer(cramped: Layers, mounted: MountFactory) -> None:
     mount = mounted(layers=cramped)
 

@@ -392,6 +392,7 @@ def test_the_time_of_a_change_is_when_it_was_written_however_late_it_arrives(
     assert (mount / "new").stat().st_mtime_ns == written
 
 
+@pytest.mark.privileged
 def test_an_append_only_file_grows_and_does_not_change(layers: Layers, mounted: MountFactory) -> None:
     path = layers.upper / "log"
     path.write_bytes(b"line\n" * 400)

@@ -51,6 +51,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("fact", CHANGES)
+@pytest.mark.privileged
 def test_every_difference_between_trees_is_found(fact: str, disk: Path) -> None:
     (disk / "a").mkdir()
     for kind in KINDS:
@@ -88,6 +89,7 @@ def test_a_watchdog_called_off_does_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "barked").exists()
 
 
+@pytest.mark.privileged
 def test_a_daemon_that_hangs_is_forced_off(layers: Layers) -> None:
     mount = Daemon(layers, MODES[0].options, patience=2)
     mount.mount()

@@ -88,6 +88,7 @@ def test_the_mountpoint_is_not_held(layers: Layers, daemon: DaemonFactory) -> No
     moved.rmdir()
 
 
+@pytest.mark.privileged
 def test_the_daemon_holds_no_descriptor_of_what_was_closed(layers: Layers, daemon: DaemonFactory) -> None:
     populate(layers)
     mount = daemon()
@@ -118,6 +119,7 @@ def forget_everything() -> None:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.privileged
 def test_thirty_thousand_files_walked_and_forgotten(layers: Layers, daemon: DaemonFactory) -> None:
     """Descriptors return to where they were, memory nearly so: what remains are pools of the allocator, which a second
     walk uses again."""

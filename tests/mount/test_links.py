@@ -7,6 +7,8 @@ import os
 import stat
 from pathlib import Path
 
+import pytest
+
 from tests.harness import Layers, MountFactory
 
 NAMES = ("a", "d/b", "d/c")
@@ -29,6 +31,7 @@ def facts(root: Path, names: tuple[str, ...]) -> set[tuple[int, int, int, bytes]
     return found
 
 
+@pytest.mark.privileged
 def test_all_names_are_the_one_copy(layers: Layers, mounted: MountFactory) -> None:
     link_lower(layers)
     union = mounted("index=on")

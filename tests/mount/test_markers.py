@@ -61,6 +61,7 @@ def marked(layers: Layers, where: str, mark: Callable[[Path], None]) -> None:
 @pytest.mark.deviates
 @pytest.mark.parametrize("where", ["middle", "top", "upper"])
 @pytest.mark.parametrize("form", WHITEOUTS)
+@pytest.mark.privileged
 def test_a_whiteout_of_any_form_hides_what_is_below(
     form: str, where: str, layers: Layers, mounted: MountFactory
 ) -> None:
@@ -83,6 +84,7 @@ def test_a_whiteout_of_any_form_hides_what_is_below(
 @pytest.mark.deviates
 @pytest.mark.parametrize("where", ["middle", "top", "upper"])
 @pytest.mark.parametrize("form", OPAQUES)
+@pytest.mark.privileged
 def test_an_opaque_directory_of_any_form_hides_what_is_below(
     form: str, where: str, layers: Layers, mounted: MountFactory
 ) -> None:
@@ -126,6 +128,7 @@ def test_a_whiteout_of_nothing_is_hidden_too(layers: Layers, mounted: MountFacto
 
 @pytest.mark.deviates
 @pytest.mark.parametrize("form", ["chardev", "xattr", "wh"])
+@pytest.mark.privileged
 def test_whiteouts_are_written_in_the_form_asked_for(form: str, layers: Layers, mounted: MountFactory) -> None:
     """For a file and a directory deleted, a file renamed away, and a directory made anew over a deleted one."""
     for name in ("file", "moved"):
@@ -187,6 +190,7 @@ def test_wh_names_cannot_be_used(name: str, layers: Layers, mounted: MountFactor
     assert [p for p in layers.upper.iterdir() if p.name.startswith(".wh.")] == []
 
 
+@pytest.mark.privileged
 def test_marks_are_hidden_from_users(layers: Layers, mounted: MountFactory) -> None:
     """Whatever the union keeps in xattrs of copied-up, opaque and merged objects."""
     (layers.lower / "d").mkdir()
@@ -205,6 +209,7 @@ def test_marks_are_hidden_from_users(layers: Layers, mounted: MountFactory) -> N
     assert os.getxattr(layers.upper / "gone", "trusted.overlay.opaque") == b"y"
 
 
+@pytest.mark.privileged
 def test_a_user_cannot_forge_marks(layers: Layers, mounted: MountFactory) -> None:
     """What a user of the mount sets under the union's own names is kept apart: shown back, and without effect."""
     (layers.lower / "d").mkdir()

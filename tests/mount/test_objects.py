@@ -25,6 +25,7 @@ def dress(path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.owners
 def test_a_lower_object_is_shown_as_it_is(kind: str, layers: Layers, mounted: MountFactory) -> None:
     make(layers.lower / "x", kind)
     dress(layers.lower / "x")
@@ -35,6 +36,7 @@ def test_a_lower_object_is_shown_as_it_is(kind: str, layers: Layers, mounted: Mo
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.owners
 def test_a_new_object_lands_in_upper(kind: str, layers: Layers, mounted: MountFactory) -> None:
     (layers.lower / "d").mkdir()
     mount = mounted()
@@ -48,6 +50,7 @@ def test_a_new_object_lands_in_upper(kind: str, layers: Layers, mounted: MountFa
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.owners
 def test_a_change_of_owner_copies_the_object_up(kind: str, layers: Layers, mounted: MountFactory) -> None:
     make(layers.lower / "x", kind)
     dress(layers.lower / "x")

@@ -16,6 +16,8 @@ from tests.harness import Daemon, Layers, LogPolicy, OverlayFS, in_child
 from tests.mount.test_channel import messages
 from tests.trees import compare_trees, digest
 
+pytestmark = pytest.mark.privileged  # the kernel opens files for no other
+
 PASSTHROUGH = ["transport=channel", "io=passthrough"]
 
 

@@ -38,12 +38,14 @@ def install(path: Path) -> None:
     path.chmod(0o755)
 
 
-def shell(script: str, *, seconds: float = 60, **environment: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run a shell script to its end."""
+def shell(
+    script: str, *, seconds: float | None = 60, shown: bool = False, **environment: str | Path
+) -> subprocess.CompletedProcess[str]:
+    """Run a shell script to its end; its output goes where ours does if it is to be `shown`."""
     return subprocess.run(
         [*UNSHARE, "sh", "-c", PROLOGUE + "set +e\n" + script],
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        capture_output=not shown,
         text=True,
         cwd="/",
         env=os.environ | {name: str(value) for name, value in environment.items()},

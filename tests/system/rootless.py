@@ -25,17 +25,20 @@ Who = Literal["userns", "user"]
 # Python and the project are where everybody may read them; what the tests make is in a directory of their user's.
 _PREPARE: Final = """\
 cd {root}
-mkdir python project site disk
+mkdir -p python project site disk venv/bin venv/lib/{name}
 mkdir -m 700 disk/run
 mknod -m 666 fuse c 10 229
 mount --bind fuse /dev/fuse
 mount --bind {python} python
 mount --bind {project} project
 mount --bind {site} site
+echo 'home = {root}/python/bin' >venv/pyvenv.cfg
+ln -s {root}/python/bin/{name} venv/bin/python
+ln -s {root}/site venv/lib/{name}/site-packages
 {{ cat /etc/passwd; echo 'tester:x:{uid}:{gid}::{root}/disk:/bin/sh'; }} >passwd
 mount --bind passwd /etc/passwd
 chown -R {owner} disk
-export LD_LIBRARY_PATH={root}/python/lib PYTHONPATH={root}/project:{root}/site PYTHONDONTWRITEBYTECODE=1
+export LD_LIBRARY_PATH={root}/python/lib PYTHONPATH={root}/project PYTHONDONTWRITEBYTECODE=1
 export UNIONFSD_TEST_DIR={root}/disk UNIONFSD_TEST_ROOTLESS={who} XDG_RUNTIME_DIR={root}/disk/run
 export HOME={root}/disk TMPDIR={root}/disk HYPOTHESIS_STORAGE_DIRECTORY={root}/disk/hypothesis
 cd project
@@ -58,12 +61,14 @@ exit $code
 _USER: Final = "exec setpriv --reuid={uid} --regid={gid} --clear-groups {pytest}\n"
 
 
-def run_pytest(who: Who, root: Path, words: Sequence[str], *, seconds: float) -> subprocess.CompletedProcess[str]:
+def run_pytest(
+    who: Who, root: Path, words: Sequence[str], *, seconds: float | None, shown: bool = False
+) -> subprocess.CompletedProcess[str]:
     """Run pytest with `words` as its arguments; `root` is an empty directory."""
     root.chmod(0o755)
-    python = f"{root}/python/bin/{Path(sys.executable).resolve().name}"
     values = {
         "root": shlex.quote(str(root)),
+        "name": f"python{sys.version_info.major}.{sys.version_info.minor}",
         "python": shlex.quote(sys.base_prefix),
         "project": shlex.quote(str(PROJECT)),
         "site": shlex.quote(site.getsitepackages()[0]),
@@ -71,7 +76,7 @@ def run_pytest(who: Who, root: Path, words: Sequence[str], *, seconds: float) ->
         "uid": USER,
         "gid": GROUP,
         "owner": "100000:100000" if who == "userns" else f"{USER}:{GROUP}",
-        "pytest": shlex.join([python, "-m", "pytest", "-p", "no:cacheprovider", "-q", *words]),
+        "pytest": shlex.join([f"{root}/venv/bin/python", "-m", "pytest", "-p", "no:cacheprovider", "-q", *words]),
     }
     script = "set -e\n" + (_PREPARE + (_USERNS if who == "userns" else _USER)).format(**values)
-    return private.shell(script, seconds=seconds)
+    return private.shell(script, seconds=seconds, shown=shown)
