@@ -236,9 +236,10 @@ def _handle(layer: Layer, flags: int) -> bytes:
     return fmt.encode_origin(fmt.Origin(kind, handle, layer.uuid), flags)
 
 
-def open_index(stack: LayerStack, work: Workdir, config: MountConfig) -> Index | None:
+def open_index(stack: LayerStack, work: Workdir, config: MountConfig, *, load: bool = True) -> Index | None:
     """The index of the mount. None when it is not wanted, or not possible: a warning if it was asked for.
 
+    One that is in use is not to be loaded, which cleans it, until it is not.
     UserError when index=on and the upper's index was made with another upper or topmost lower.
     """
     if config.index == "off":
@@ -256,9 +257,10 @@ def open_index(stack: LayerStack, work: Workdir, config: MountConfig) -> Index |
         return None
     index = Index(stack, work)
     try:
-        index.load()
-        if wanted:
-            index.prepare()
+        if load:
+            index.load()
+            if wanted:
+                index.prepare()
     except BaseException:
         index.close()
         raise

@@ -24,7 +24,7 @@ import select
 import signal
 from collections.abc import Callable
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
 
 from unionfsd import systemd
 from unionfsd.fuse.abi import FUSE_UNIQUE_RESEND
@@ -44,12 +44,17 @@ STRIKES: Final = 10
 HUNG: Final = 30.0
 _LOOK: Final = 5.0
 """Seconds between two looks at whether requests are being answered."""
+_GLANCE: Final = 0.001
 _MOMENT: Final = 0.25
 """A life shorter than this, in seconds, in which nothing was answered, is a strike."""
 _FREE: Final = 3
 """Strikes without a pause."""
 _PAUSE: Final = 0.1
 _LONGEST: Final = 2.0
+MAKE_ROOM: Final = signal.SIGUSR1
+"""To the keeper: execute the program anew. To who serves: end between two requests, somebody else goes on."""
+_PATIENCE: Final = 2.0
+"""Seconds in which who makes room has to end; what it was at is done again."""
 _FORWARDED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _MESSAGE: Final = 1 << 16
 _FDS: Final = 16
@@ -72,32 +77,45 @@ class Over(NamedTuple):
 class Keeper:
     """The keeper of one mount. `unmount` is called when a signal asks for it and nobody serves."""
 
-    def __init__(self, ledger: Ledger, fuse_fd: int, control: int | None, unmount: Callable[[], object]) -> None:
-        """`control` is the descriptor of the listening control socket."""
+    def __init__(
+        self,
+        ledger: Ledger,
+        fuse_fd: int,
+        control: int | None,
+        unmount: Callable[[], object],
+        renew: Callable[[int, int], NoReturn],
+    ) -> None:
+        """`control` is the descriptor of the listening control socket.
+
+        `renew` executes the program anew; it is told the pid of who serves, and how many did before.
+        """
         self._ledger = ledger
         self._fuse_fd = fuse_fd
         self._control = control
         self._unmount = unmount
-        self._pid = 0
+        self._renew = renew
+        self._to_renew = False
         self._strikes = 0
         self._suspect = self._blamed = 0
         self._signals: list[int] = []
         self._woken, self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._stacks = os.memfd_create("stacks", os.MFD_CLOEXEC)
 
-    def keep(self, alone: Callable[[], None]) -> Life | Over:
+    def keep(self, alone: Callable[[], None], serving: int = 0, lives: int = 0) -> Life | Over:
         """Returns more than once: a `Life` in each process that is to serve, `Over` in the keeper.
 
         `alone` is called in the keeper once the first process has been started. Signals that stop us are blocked when
-        this is called, and in whoever is to serve.
+        this is called, and in whoever is to serve. `serving` is a child that makes room first, `lives` how many did.
         """
-        own = os.getpid()
-        refused = lives = 0
+        own, refused = os.getpid(), 0
         before = self._dispositions()
+        if serving:
+            _make_room(serving)
+            lives += 1
         while True:
             born = monotonic()
             ours, theirs = _relay()
-            signal.pthread_sigmask(signal.SIG_BLOCK, (*_FORWARDED, signal.SIGCHLD))
+            signal.pthread_sigmask(signal.SIG_BLOCK, (*_FORWARDED, MAKE_ROOM, signal.SIGCHLD))
             pid = os.fork()
             if not pid:
                 _close(ours)
@@ -107,7 +125,7 @@ class Keeper:
             self._listen_for_signals()
             if not lives:
                 alone()
-            code = self._watch(pid, ours)
+            code = self._watch(pid, ours, lives)
             _close(ours)
             lives += 1
             if code >= 0 and code != CRASHED:
@@ -136,15 +154,16 @@ class Keeper:
     # Signals.
 
     def _dispositions(self) -> dict[int, Callable[[int, FrameType | None], object] | int | None]:
-        return {number: signal.getsignal(number) for number in (*_FORWARDED, signal.SIGCHLD)}
+        return {number: signal.getsignal(number) for number in (*_FORWARDED, MAKE_ROOM, signal.SIGCHLD)}
 
     def _listen_for_signals(self) -> None:
         for number in _FORWARDED:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
                 signal.signal(number, lambda number, _: self._signals.append(number))
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(MAKE_ROOM, lambda *_: setattr(self, "_to_renew", True))
         signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*_FORWARDED, signal.SIGCHLD))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*_FORWARDED, MAKE_ROOM, signal.SIGCHLD))
 
     def _serve(
         self, before: dict[int, Callable[[int, FrameType | None], object] | int | None], theirs: socket.socket | None
@@ -166,7 +185,7 @@ class Keeper:
 
     # Watching.
 
-    def _watch(self, pid: int, messages: socket.socket | None) -> int:
+    def _watch(self, pid: int, messages: socket.socket | None, lives: int) -> int:
         """Wait for the end of `pid`; its exit code, negative for the number of a signal."""
         poll = select.poll()
         poll.register(self._woken, select.POLLIN)
@@ -184,6 +203,9 @@ class Keeper:
                 self._ledger.pass_signal()
                 os.kill(pid, number)
             self._signals.clear()
+            if self._to_renew:
+                self._to_renew = False
+                self._try_to_renew(pid, lives)
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 while messages is not None and _pass_on(messages):
@@ -194,6 +216,14 @@ class Keeper:
             elif monotonic() - since > HUNG:
                 self._end_hung(pid)
                 since = monotonic()
+
+    def _try_to_renew(self, pid: int, lives: int) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)  # the program that comes listens in its own time
+        try:
+            self._renew(pid, lives)
+        except OSError as error:
+            log.error("the program cannot be executed anew, and goes on as it is: %s", error)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
 
     def _ready(self) -> int:
         """What poll(2) says of the connection: POLLIN for requests that wait, POLLERR when it has ended."""
@@ -229,6 +259,19 @@ class Keeper:
                     self._signals.clear()
                     self._unmount()
         return Over(CRASHED)
+
+
+def _make_room(pid: int) -> None:
+    """Have the child `pid` end, at the latest when patience does."""
+    os.kill(pid, MAKE_ROOM)
+    deadline = monotonic() + _PATIENCE
+    while monotonic() < deadline:
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            return
+        sleep(_GLANCE)
+    log.warning("the process that served (%d) takes its time, and is ended: what it was at is done again", pid)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
 def _relay() -> tuple[socket.socket, socket.socket] | tuple[None, None]:

@@ -288,7 +288,7 @@ class LayerStack:
         self.data = data
         self.upper = upper
         self.work = work
-        self._locks = locks
+        self.locks = locks
         #: Whether a layer keeps owners in xattrs.
         self.overrides = False
         self._fsids: dict[int, int] = {}
@@ -340,7 +340,7 @@ class LayerStack:
 
     def unlock(self) -> None:
         """Give up the locks on upper and work: from now on another mount may have them."""
-        for held in self._locks:
+        for held in self.locks:
             unlock(held)
 
     def close(self) -> None:

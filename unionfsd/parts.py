@@ -10,22 +10,47 @@ from typing import NamedTuple
 
 from . import identity, intent
 from .errors import LAYER, UserError
+from .estate import Estate, stack_of
 from .exports import Log, open_log
 from .index import Index, open_index
 from .layers import LayerStack
+from .ledger import Ledger
 from .opening import open_stack
 from .options import MountConfig
 from .owners import keep_owners
+from .syscalls import Fd
 from .workdir import Workdir, open_workdir
 
 
 class Parts(NamedTuple):
-    """The layers; the work directory and the index, None where there are none; where nodes are kept track of, if so."""
+    """The layers; the work directory and the index, None where there are none; where nodes are kept track of, if so.
+
+    `ledger`: what the kernel was told by a process before this one.
+    """
 
     stack: LayerStack
     work: Workdir | None = None
     names: Index | None = None
     seen: Log | None = None
+    ledger: Ledger | None = None
+
+
+def take_parts(estate: Estate, config: MountConfig) -> Parts:
+    """What was left by a program that makes room, and is in use until it has; UserError."""
+    with contextlib.ExitStack() as opened:
+        stack = stack_of(estate, config)
+        opened.callback(stack.close)
+        try:
+            work = index = None
+            if stack.work is not None:
+                work = open_workdir(stack, config, sweep=False)
+                keep_owners(stack, config)
+                index = open_index(stack, work, config, load=False)
+            made = Parts(stack, work, index, ledger=Ledger.adopt(Fd(estate.ledger)))
+        except OSError as exc:
+            raise UserError(f"layers: {exc}", hint="a layer cannot be read", code=LAYER) from exc
+        opened.pop_all()
+        return made
 
 
 def open_parts(config: MountConfig) -> Parts:

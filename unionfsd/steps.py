@@ -61,6 +61,29 @@ class FrozenError(Exception):
         self.gate = gate
 
 
+class Freeze:
+    """Whether changes may begin: `gate` is what they wait for, None when they may."""
+
+    def __init__(self) -> None:
+        self.gate: Gate | None = None
+
+    def begin(self) -> None:
+        """From now on they may not. Once at a time."""
+        assert self.gate is None
+        self.gate = Gate()
+
+    def end(self) -> None:
+        """They may again, those first that waited."""
+        gate, self.gate = self.gate, None
+        if gate is not None:
+            gate.open()
+
+    def check(self) -> None:
+        """FrozenError unless they may."""
+        if self.gate is not None:
+            raise FrozenError(self.gate)
+
+
 Step: TypeAlias = Blocking | Gate
 Op: TypeAlias = Generator[Step, Any, T]
 

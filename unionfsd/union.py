@@ -24,6 +24,7 @@ from .attributes import Attr, Attributes, Found, SetAttr
 from .copyup import CopyUp
 from .entries import UPPER
 from .errors import LAYER, UserError
+from .estate import Estate
 from .events import Events
 from .exports import Exports, Register
 from .fdcache import FdCache, fd_budget
@@ -40,12 +41,12 @@ from .metrics import Counters, Holdings, Statistics
 from .mutations import Caller, Mutations
 from .options import MountConfig
 from .owners import Owners, StatLike
-from .parts import Parts, open_parts
+from .parts import Parts, open_parts, take_parts
 from .places import Places, fail
 from .readers import Readers
 from .refresh import Memory
 from .renames import Renames
-from .steps import Blocking, FrozenError, Gate, Op
+from .steps import Blocking, Freeze, Op
 
 __all__ = ["ROOT_ID", "Attr", "Caller", "Dirent", "Found", "SetAttr", "StatLike", "Union"]
 
@@ -60,14 +61,14 @@ class Union:
     root: Final = ROOT_ID
 
     def __init__(self, parts: Parts, config: MountConfig) -> None:
-        stack, work, index, seen = parts
+        stack, work, index, seen, ledger = parts
         self.config = config
         self.counters = Counters()
         self.events = Events(always=config.events == "on")
         self.stack = stack
         self._work = work
         self._touched = False
-        self._frozen: Gate | None = None
+        self._freeze = Freeze()
         self._fds = FdCache(*fd_budget(), who=lambda: self.events.who().uid)
         self._resolver = Resolver(stack, self._fds, **config.rules)
         self._resolver.index = self._index = index
@@ -76,7 +77,8 @@ class Union:
         root = self._resolver.root()
         self._readers = Readers(self._resolver)
         register = None if seen is None else Register.new()
-        self._table = NodeTable(root.entry, root.ino, self._fds, self._dropped, register, work.let_go if work else None)
+        ledger, let_go = register or ledger, work.let_go if work else None
+        self._table = NodeTable(root.entry, root.ino, self._fds, self._dropped, ledger, let_go)
         self.ledger = self._table.ledger
         #: Set where nodeids mean the same after they were forgotten: then `reach` finds them.
         self.exports: Exports | None = None
@@ -106,9 +108,9 @@ class Union:
         )
 
     @classmethod
-    def mount(cls, config: MountConfig) -> Union:
-        """Open, check and lock the layers of `config` and sweep the work directory; UserError for what cannot be."""
-        parts = open_parts(config)
+    def mount(cls, config: MountConfig, estate: Estate | None = None) -> Union:
+        """Open the layers of `config`, or take those that were left and go on with `resume`; UserError."""
+        parts = open_parts(config) if estate is None else take_parts(estate, config)
         try:
             return cls(parts, config)
         except OSError as exc:
@@ -131,24 +133,20 @@ class Union:
 
     def freeze(self) -> None:
         """From now on no change begins; what has begun is not waited for. Once at a time."""
-        assert self._frozen is None
-        self._frozen = Gate()
+        self._freeze.begin()
 
     def thaw(self) -> None:
         """Let changes begin again, those first that waited."""
-        gate, self._frozen = self._frozen, None
-        if gate is not None:
-            gate.open()
+        self._freeze.end()
 
     @property
     def frozen(self) -> bool:
         """Whether no change may begin."""
-        return self._frozen is not None
+        return self._freeze.gate is not None
 
     def _change(self) -> Mutations:
         """What changes names; EROFS, and FrozenError. Every operation that changes anything comes here first."""
-        if self._frozen is not None:
-            raise FrozenError(self._frozen)
+        self._freeze.check()
         if self._mutations is None or self.config.ro:
             raise fail(errno.EROFS)
         self._touched = True

@@ -291,8 +291,11 @@ class Workdir:
         self._directory.close()
 
 
-def open_workdir(stack: LayerStack, config: MountConfig) -> Workdir:
-    """Sweep and probe the work directory of `stack`, which has one; UserError when it is not ours to sweep."""
+def open_workdir(stack: LayerStack, config: MountConfig, *, sweep: bool = True) -> Workdir:
+    """Probe the work directory of `stack`, which has one, and `sweep` it unless it is in use.
+
+    UserError when it is not ours to sweep.
+    """
     assert stack.work is not None
     assert stack.upper is not None
     assert config.workdir is not None
@@ -302,7 +305,8 @@ def open_workdir(stack: LayerStack, config: MountConfig) -> Workdir:
         _refuse_other_mount(stack.work.fd, stack.upper.root.fd, path)
         directory = _open_or_make(stack.work.fd, fmt.WORK)
         own_names(directory.fd)
-        _sweep(directory.fd, path)
+        if sweep:
+            _sweep(directory.fd, path)
         abilities = probe(directory.fd, config)
         _keep_uuid(stack.upper.root.fd, abilities.namespace, config)
     except OSError as exc:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import mmap
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.harness import Daemon, Layers, LogPolicy, Mode, children, mounts, run, wait_for
+from tests.harness import PROJECT, Daemon, Layers, LogPolicy, Mode, children, mounts, run, wait_for
 from tests.system.torture import fingerprint, outcome, prepare, survivor, torture
-from unionfsd import syscalls
+from unionfsd import __version__, syscalls
 
 _PATIENCE = 280
 CHANNEL = (Mode("channel", "cached"), Mode("channel", "passthrough"), Mode("channel", "cached", "writethrough"))
@@ -385,3 +387,70 @@ def test_without_a_keeper_a_mount_dies_with_its_daemon(layers: Layers) -> None:
         daemon.kill()
         with pytest.raises(OSError, match="not connected"):
             os.listdir(daemon.path)
+
+
+# Another program.
+
+
+def test_the_program_is_replaced_beneath_a_load(layers: Layers, options: tuple[str, ...]) -> None:
+    (layers.lower / "file").write_text("lower\n")
+    policy = LogPolicy()
+    policy.expect(r"is served again")
+    with served(layers, *options, policy=policy) as daemon:
+        stop, failed = threading.Event(), []
+
+        def load() -> None:
+            for turn in itertools.count():
+                if stop.is_set():
+                    return
+                try:
+                    (daemon / "load").write_text(f"{turn}")
+                    assert (daemon / "load").read_text() == f"{turn}"
+                    os.rename(daemon / "load", daemon / "moved")
+                    os.unlink(daemon / "moved")
+                except (OSError, AssertionError) as error:
+                    failed.append(error)
+                    return
+
+        user = threading.Thread(target=load)
+        user.start()
+        with (daemon / "open").open("w") as file:
+            for turn in range(3):
+                said = run(sys.executable, "-m", "unionfsd.ctl", "reexec", daemon.path)
+                assert said == f"served by process {daemon.pid}, unionfsd {__version__}\n"
+                file.write(f"{turn}\n")
+                file.flush()
+        stop.set()
+        user.join()
+        assert failed == []
+        assert (daemon / "open").read_text() == "0\n1\n2\n"
+        after = status(daemon)
+        assert (after["keeper"], after["restarts"]) == (daemon.keeper, 3)
+        os.kill(daemon.pid, signal.SIGKILL)
+        assert (daemon / "file").read_text() == "lower\n"
+        daemon._policy.expect("was killed by SIGKILL")
+
+
+def test_a_program_that_cannot_take_over_is_refused(layers: Layers) -> None:
+    with Daemon(layers) as daemon:
+        estate = {"version": 99}
+        text = subprocess.run(
+            [sys.executable, "-m", "unionfsd", "-f", "-o", layers.options(), str(layers.mnt)],
+            env=os.environ | {"UNIONFSD_ESTATE": json.dumps(estate), "PYTHONPATH": str(PROJECT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stderr
+        assert text.startswith("unionfsd: the running mount cannot be taken over: version (unmount it")
+        (daemon / "file").write_text("served as ever")
+
+
+def test_without_a_keeper_nothing_is_replaced(layers: Layers) -> None:
+    with Daemon(layers, ["keeper=off"]) as daemon:
+        done = subprocess.run(
+            [sys.executable, "-m", "unionfsd.ctl", "reexec", str(daemon.path)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, "the mount has no keeper" in done.stderr) == (1, True)

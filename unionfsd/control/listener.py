@@ -33,12 +33,12 @@ _BACKLOG: Final = 16
 class Control:
     """The socket of one mount, from before the mount is made until after it is gone. `listener` is None without one."""
 
-    def __init__(self, config: MountConfig) -> None:
-        """Open the places for it. UserError: what was asked for cannot be."""
+    def __init__(self, config: MountConfig, *, taken: bool = False) -> None:
+        """Open the places for it. UserError: what was asked for cannot be. `taken`: by a process that makes room."""
         self.listener: Listener | None = None
         self._gid = None if config.control_group is None else _gid(config.control_group)
         self._usual = None if config.control == "off" else _usual_directory()
-        self._wanted = None if config.control in ("auto", "off") else _wanted(os.fsencode(config.control))
+        self._wanted = None if config.control in ("auto", "off") else _wanted(os.fsencode(config.control), taken=taken)
         if config.control == "auto" and self._usual is None:
             log.info("no control socket: there is no directory for it; say where with control=PATH")
 
@@ -104,7 +104,7 @@ class Listener:
         self._names.clear()
 
 
-def _wanted(path: bytes) -> tuple[Fd, bytes, bytes]:
+def _wanted(path: bytes, *, taken: bool) -> tuple[Fd, bytes, bytes]:
     """(directory, its path, file name) of a socket that was asked for."""
     directory, filename = os.path.split(path)
     try:
@@ -113,7 +113,8 @@ def _wanted(path: bytes) -> tuple[Fd, bytes, bytes]:
         raise UserError(f"control={os.fsdecode(path)}: {reason(error)}", hint="name a file in a directory") from None
     if not filename or filename in (b".", b".."):
         raise UserError(f"control={os.fsdecode(path)}: no file name", hint="name a file that may be made")
-    _check_free(fd, filename, path)
+    if not taken:
+        _check_free(fd, filename, path)
     return fd, directory, filename
 
 

@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import resource
+import signal
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, suppress
@@ -26,7 +27,7 @@ import trio
 from unionfsd import __version__, changes, explain, holders, mountinfo, syscalls, usage
 from unionfsd.control import following, schema, to_json
 from unionfsd.control.mounted import Mounted
-from unionfsd.control.protocol import BUSY, FAILED, UNSUPPORTED, Json, RpcError
+from unionfsd.control.protocol import BUSY, FAILED, REFUSED, UNSUPPORTED, Json, RpcError
 from unionfsd.metrics import Samples
 
 if TYPE_CHECKING:
@@ -369,6 +370,16 @@ class Methods:
         if self._mounted.mount_id is None:
             raise RpcError(UNSUPPORTED, "somebody else made this mount, and unmounts it")
         return {"result": await self._mounted.unmount(lazy)}
+
+    async def reexec(self, call: Call) -> Json:
+        keeper = self._mounted.keeper
+        if keeper is None or keeper != os.getppid():
+            raise RpcError(UNSUPPORTED, "the mount has no keeper")
+        why = await self._in_thread(self._mounted.trial)
+        if why is not None:
+            raise RpcError(REFUSED, why)
+        os.kill(keeper, signal.SIGUSR1)
+        return {"keeper": keeper}
 
     async def rpc_discover(self, call: Call) -> Json:
         return schema.openrpc()

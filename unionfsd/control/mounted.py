@@ -28,7 +28,8 @@ class Mounted:
     `mount_id` is None when somebody else made the mount. `drive` runs an operation of the union to its end, `quiesce`
     waits for the end of those under way. `unmount` says "gone", "detached" or "busy"; a mount in use is detached only
     when its argument, `lazy`, is true. `requests` has the names of the kinds of requests. `keeper` is the
-    pid of the process that would start another, `restarts` how often it did.
+    pid of the process that would start another, `restarts` how often it did. `trial` says why a newer program could not
+    take the mount over, or None.
     """
 
     union: Union
@@ -45,3 +46,4 @@ class Mounted:
     requests: Mapping[int, str]
     keeper: int | None = None
     restarts: int = 0
+    trial: Callable[[], str | None] = lambda: None

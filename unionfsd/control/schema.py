@@ -385,6 +385,14 @@ METHODS: Final[tuple[Method, ...]] = (
         acts=True,
     ),
     Method(
+        "reexec",
+        "Go on with the program that is installed now, under load, with nothing unmounted.",
+        record(keeper=INTEGER),
+        acts=True,
+        note="The new program is tried first; when it refuses, this fails, and the mount goes on as it is. It has "
+        "taken over once `restarts` of `status` has grown.",
+    ),
+    Method(
         "rpc.discover",
         "This description: OpenRPC 1.3.2.",
         {"type": "object"},

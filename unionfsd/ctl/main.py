@@ -116,6 +116,7 @@ VERBS: Final[tuple[Verb, ...]] = (
             Argument("--level", "the new one", {"choices": ("debug", "info", "warning", "error"), "default": None}),
         ),
     ),
+    Verb("reexec", "go on with the program that is installed now", (_PATH,)),
     Verb(
         "unmount",
         "unmount",

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
+from unionfsd.control.client import GoneError
 from unionfsd.ctl import find, show
-from unionfsd.errors import OK, UserError
+from unionfsd.errors import MOUNT, OK, UserError
 
 if TYPE_CHECKING:
     import argparse
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 #: The mount said no, or that there is no such thing.
 NEGATIVE: Final = 1
+_UPGRADE: Final = 20.0
+"""Seconds for a newer program to take over."""
 
 
 class Asked:
@@ -384,6 +388,21 @@ def drop_caches(given: argparse.Namespace) -> int:
 def log(given: argparse.Namespace) -> int:
     value = ask(given, "log", level=given.level)
     return out(given, value, lambda _: value["level"])
+
+
+def reexec(given: argparse.Namespace) -> int:
+    before = ask(given, "status")
+    ask(given, "reexec")
+    deadline = time.monotonic() + _UPGRADE
+    while time.monotonic() < deadline:
+        try:
+            after = ask(given, "status")
+        except (GoneError, UserError):  # between the two
+            after = before
+        if after["restarts"] != before["restarts"]:
+            return out(given, after, lambda now: f"served by process {now['pid']}, unionfsd {now['version']}")
+        time.sleep(0.02)
+    raise UserError(f"nobody has taken over after {_UPGRADE:.0f} s", hint="see the log of the mount", code=MOUNT)
 
 
 def unmount(given: argparse.Namespace) -> int:

@@ -160,6 +160,12 @@ def mount(config: MountConfig) -> Mount:
     return Mount(fd, on_top[-1] if on_top else None)
 
 
+def adopt(fuse_fd: int, mount_id: int | None) -> Mount:
+    """A mount that this process, or one before it, made."""
+    place = next((place for place in mounts() if place.mount_id == mount_id), None)
+    return Mount(Fd(fuse_fd), place)
+
+
 def clear_dead(path: bytes) -> None:
     """Take away a FUSE mount at `path` whose server is gone, if there is one."""
     try:

@@ -1,0 +1,112 @@
+"""What a process that makes room leaves to the program that takes its place: a mount goes on while it is upgraded.
+
+The keeper executes the new program in its own place. What that needs stands in ``$UNIONFSD_ESTATE``, and the
+descriptors it speaks of stay open.
+
+Rules this file obeys: what is here is read once, by a program that may be newer than the one that wrote it. What it
+cannot read it refuses with UserError, before it has touched anything.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Final, NamedTuple
+
+from .errors import INTERNAL, LAYER, UserError
+from .layers import Layer, LayerStack
+from .options import MountConfig
+from .syscalls import Fd
+
+_VARIABLE: Final = "UNIONFSD_ESTATE"
+_VERSION: Final = 1
+
+
+class Estate(NamedTuple):
+    """Numbers of descriptors: the connection, the ledger, the roots of the layers, the work directory, the locks.
+
+    `mount_id` is the mount's; `serving` the pid of a child that still serves, `lives` how many served before it.
+    `directory` is where paths of the command line start. `trial`: only to see whether all can be taken over.
+    """
+
+    fuse: int
+    ledger: int
+    lowers: tuple[int, ...]
+    data: tuple[int, ...]
+    upper: int | None
+    work: int | None
+    locks: tuple[int, ...]
+    mount_id: int | None
+    serving: int
+    lives: int
+    directory: str
+    trial: bool = False
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        """All of them."""
+        optional = tuple(fd for fd in (self.upper, self.work) if fd is not None)
+        return (self.fuse, self.ledger, *self.lowers, *self.data, *optional, *self.locks)
+
+    def environment(self) -> dict[str, str]:
+        """The environment of the program that is to take it."""
+        import json
+
+        return {**os.environ, _VARIABLE: json.dumps({"version": _VERSION, **self._asdict()})}
+
+
+def of(stack: LayerStack, fuse: int, ledger: int, mount_id: int | None, lives: int, directory: str) -> Estate:
+    """What the keeper, whose child serves, has to leave."""
+    upper = None if stack.upper is None else stack.upper.root.fd
+    work = None if stack.work is None else stack.work.fd
+    lowers, data = (tuple(layer.root.fd for layer in layers) for layers in (stack.lowers, stack.data))
+    locks = tuple(lock.fd for lock in stack.locks)
+    return Estate(fuse, ledger, lowers, data, upper, work, locks, mount_id, 0, lives, directory)
+
+
+def left() -> Estate | None:
+    """What was left to this process, if anything. UserError when it is of another version."""
+    text = os.environ.pop(_VARIABLE, None)
+    if text is None:
+        return None
+    import json
+
+    try:
+        values = json.loads(text)
+        if values.pop("version") != _VERSION:
+            raise ValueError("version")
+        for name in ("lowers", "data", "locks"):
+            values[name] = tuple(values[name])
+        estate = Estate(**values)
+        for fd in estate.fds:
+            os.set_inheritable(fd, False)
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        raise UserError(
+            f"the running mount cannot be taken over: {error}",
+            hint="unmount it, then mount it with this version",
+            code=INTERNAL,
+        ) from None
+    return estate
+
+
+def stack_of(estate: Estate, config: MountConfig) -> LayerStack:
+    """The layers that were left; UserError when they are not those of `config`."""
+    given = (len(config.lowerdirs), len(config.datadirs), config.upperdir is None)
+    if given != (len(estate.lowers), len(estate.data), estate.upper is None):
+        raise UserError(
+            "the command line has other layers than the running mount", hint="unmount it, then mount anew", code=LAYER
+        )
+    lowers = _lowers(config.lowerdirs, estate.lowers)
+    data = _lowers(config.datadirs, estate.data)
+    locks = tuple(Fd(fd) for fd in estate.locks)
+    if config.upperdir is None or estate.upper is None or estate.work is None:
+        return LayerStack(lowers, None, None, locks, data)
+    upper = Layer(config.upperdir, Fd(estate.upper), writable=True, noatime=False)
+    return LayerStack(lowers, upper, Fd(estate.work), locks, data)
+
+
+def _lowers(paths: tuple[bytes, ...], fds: tuple[int, ...]) -> tuple[Layer, ...]:
+    """The lowers whose roots are `fds`; read-only copies of their mounts, where the kernel lets us have them."""
+    return tuple(
+        Layer(path, Fd(fd), writable=False, noatime=bool(os.fstatvfs(fd).f_flag & os.ST_NOATIME))
+        for path, fd in zip(paths, fds, strict=True)
+    )

@@ -1,0 +1,288 @@
+"""One mount while it is served: the transport, the control socket, the service manager, the signals.
+
+Up: the transport answers; then the parent is told, and READY comes last. Down: unmounted, the transport returns, the
+union is synced. A process that makes room for another leaves everything as it is.
+
+trio is imported when something asks for it (`Channel.begin`), which takes longer than all the rest, and never for a
+mount that is gone before. Until the signal receiver is there the signals are blocked, so that none can leave a dead
+mount behind.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from functools import partial
+from time import monotonic
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from unionfsd import errors, keeper, steps, systemd
+from unionfsd.errors import UserError
+from unionfsd.fuse.mounting import Unmounted
+
+if TYPE_CHECKING:
+    import trio
+
+    from unionfsd.control.listener import Control
+    from unionfsd.control.mounted import Mounted
+    from unionfsd.fuse.mounting import Mount
+    from unionfsd.keeper import Life
+    from unionfsd.options import MountConfig
+    from unionfsd.union import Union
+    from unionfsd.will import Will
+
+log = logging.getLogger(__name__)
+
+#: What the descriptor that serves a mount is called where a service manager keeps it.
+_FUSE: Final = "fuse"
+#: Seconds that a mount nobody asks anything of may do without the event loop: most that are made for a moment are gone.
+_PATIENCE: Final = 5.0
+_STOP_SIGNALS: Final = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+SIGNALS: Final = _STOP_SIGNALS | {keeper.MAKE_ROOM}
+"""Blocked when a `Serving` runs, and heeded by it."""
+
+
+class Transport(NamedTuple):
+    """What serves the mount: `run` answers the kernel until it is gone, `quiesce` waits for what was begun."""
+
+    run: Callable[[], Awaitable[None]]
+    quiesce: Callable[[], Awaitable[None]]
+
+
+class Serving:
+    """A mount that this process serves. `life` is None where there is no keeper; `will` is for a newer program."""
+
+    def __init__(
+        self,
+        union: Union,
+        mount: Mount,
+        control: Control,
+        config: MountConfig,
+        life: Life | None,
+        will: Will,
+    ) -> None:
+        self._union = union
+        self._mount = mount
+        self._control = control
+        self._config = config
+        self._life = life
+        self._will = will
+        self._up: Callable[[], None] = _nothing
+        self._makes_room = False
+        self._is_answering = False
+        self._answering: trio.Event | None = None
+
+    def run(self, up: Callable[[], None]) -> None:
+        """Serve until the mount is gone; `up` is called once it answers, unless a process before this one said so."""
+        self._up = up
+        transport = self._transport()
+        if transport is None:
+            try:
+                steps.run(self._union.shutdown())
+            except OSError as error:
+                raise _not_synced(None, error) from None
+            return
+        import trio  # late: the mount is there already, see the head of this file
+
+        gc.freeze()
+        gc.enable()
+        try:
+            trio.run(self._until_gone, transport)
+        finally:
+            if systemd.keeps_fds():  # a copy that is kept would keep the mount from ending
+                systemd.forget(_FUSE)
+
+    def _started(self) -> None:
+        """The transport answers."""
+        where, life = os.fsdecode(self._config.mountpoint), self._life
+        if life is None or not life.number:
+            self._up()
+            self._union.ledger.is_up()
+            log.info("mounted on %s", where)
+            systemd.notify("READY=1", f"MAINPID={os.getpid() if life is None else life.keeper}")
+            if systemd.keeps_fds():
+                systemd.store(_FUSE, self._mount.fuse_fd)
+        else:
+            log.warning("%s is served again", where)
+        self._is_answering = True
+        if self._answering is not None:
+            self._answering.set()
+
+    async def _wait_until_answering(self) -> None:
+        import trio
+
+        if not self._is_answering:
+            self._answering = trio.Event()
+            await self._answering.wait()
+
+    def _transport(self) -> Transport | None:
+        """What serves the mount. The channel has begun to when this returns, and may have ended already: None."""
+        union, config, fuse_fd = self._union, self._config, self._mount.fuse_fd
+        if config.transport == "pyfuse3":
+            from unionfsd.fuse import libfuse
+
+            return Transport(partial(libfuse.serve, union, fuse_fd, config, started=self._started), _settled)
+        from unionfsd.fuse import channel
+
+        serving = channel.channel(union, fuse_fd, config, self._started)
+        if self._life is not None and self._life.number:
+            serving.resume(union.resume(), self._life.refused)
+        # A service manager wants to hear from us, by the event loop.
+        patience = 0.0 if systemd.listening() else _PATIENCE
+        serving.begin(self._is_wanted, patience)
+        if serving.gone:
+            serving.close()
+            return None
+        return Transport(serving.run, serving.quiesce)
+
+    def _is_wanted(self) -> bool:
+        """Whether somebody waits for the event loop."""
+        return self._control.asked() or not SIGNALS.isdisjoint(signal.sigpending())
+
+    # In the event loop.
+
+    async def _until_gone(self, transport: Transport) -> None:
+        import trio
+
+        from unionfsd.fuse.driver import drive
+
+        async def attend() -> None:
+            await self._wait_until_answering()
+            if systemd.listening():
+                from unionfsd import service
+
+                nursery.start_soon(service.report, self._union)
+            await self._serve_clients(transport)
+
+        failure: Exception | None = None
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._heed_signals, nursery)
+            try:
+                nursery.start_soon(attend)
+                await transport.run()
+            except Exception as error:  # kept, because a nursery would wrap it
+                failure = error
+            nursery.cancel_scope.cancel()
+        if self._makes_room:
+            os._exit(errors.OK)  # all is somebody else's now: nothing is to be closed, synced or taken away
+        try:
+            await drive(self._union.shutdown())
+        except OSError as error:
+            failure = _not_synced(failure, error)
+        if failure is not None:
+            raise failure
+
+    async def _serve_clients(self, transport: Transport) -> None:
+        """Serve the control socket, from its first client on: until then nothing is imported for it."""
+        import trio
+
+        listener, since = self._control.listener, monotonic()
+        if listener is None:
+            return
+        await trio.lowlevel.wait_readable(listener.fd)
+        try:
+            from unionfsd.control.server import Server
+
+            mounted = self._mounted(listener.path, since, transport)
+            await Server(mounted, listener.gid).serve(listener.fd.fd)
+        except Exception:
+            log.exception("the control socket is served no longer")
+
+    def _mounted(self, socket: bytes, since: float, transport: Transport) -> Mounted:
+        import trio
+
+        from unionfsd.control.mounted import Mounted
+        from unionfsd.fuse.abi import Opcode
+        from unionfsd.fuse.driver import drive, quiesce
+        from unionfsd.fuse.notify import Notifier
+
+        mount, config, life = self._mount, self._config, self._life
+
+        async def all_ended() -> None:
+            await transport.quiesce()
+            await quiesce()
+
+        async def unmount(lazy: bool) -> str:
+            self._union.thaw()
+            outcome = await trio.to_thread.run_sync(partial(mount.unmount, lazy=lazy))
+            return {Unmounted.GONE: "gone", Unmounted.DETACHED: "detached"}.get(outcome, "busy")
+
+        return Mounted(
+            union=self._union,
+            mount_id=None if mount.place is None else mount.place.mount_id,
+            number=mount.number,
+            transport="pyfuse3" if config.transport == "pyfuse3" else "channel",
+            io="passthrough" if config.io == "passthrough" and config.transport != "pyfuse3" else "cached",
+            socket=socket,
+            since=since,
+            notifier=Notifier(mount.fuse_fd),
+            drive=drive,
+            quiesce=all_ended,
+            unmount=unmount,
+            keeper=None if life is None else life.keeper,
+            restarts=0 if life is None else life.number,
+            trial=self._will.trial,
+            requests={opcode.value: opcode.name for opcode in Opcode},
+        )
+
+    async def _heed_signals(self, nursery: trio.Nursery, task_status: trio.TaskStatus[None]) -> None:
+        """Unmount at the first signal, which ends the transport once nobody is left inside; give up at the second.
+
+        One that was sent to a whole group of processes comes twice, once passed on by the keeper, and counts once.
+        SIGHUP, the end of a terminal, means to a service that it should reload.
+        """
+        import trio
+
+        heeded = set(SIGNALS)
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
+            heeded.remove(signal.SIGHUP)
+        with trio.open_signal_receiver(*heeded) as signals:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            task_status.started()
+            received, stopping = 0, False
+            async for number in signals:
+                if number == keeper.MAKE_ROOM:
+                    self._makes_room = self._life is not None
+                    if self._makes_room:
+                        nursery.cancel_scope.cancel()
+                    continue
+                if number == signal.SIGHUP and systemd.listening():
+                    from unionfsd import service
+
+                    service.reload()
+                    continue
+                log.info("stopping: %s", signal.Signals(number).name)
+                received += 1
+                if max(passed_on := self._union.ledger.signals, received - passed_on) > 1:
+                    nursery.cancel_scope.cancel()
+                elif not stopping:
+                    stopping = True
+                    systemd.notify("STOPPING=1")
+                    self._union.thaw()
+                    nursery.start_soon(self._unmount, nursery.cancel_scope)
+
+    async def _unmount(self, service: trio.CancelScope) -> None:
+        """Unmount from a thread, because dirty pages are written to us meanwhile."""
+        import trio
+
+        outcome = await trio.to_thread.run_sync(self._mount.unmount, abandon_on_cancel=True)
+        if outcome is Unmounted.DETACHED:
+            log.warning("busy: detached, and served until its last user leaves; a second signal ends it now")
+        elif outcome is Unmounted.KEPT:
+            service.cancel()
+
+
+def _nothing() -> None:
+    pass
+
+
+async def _settled() -> None:
+    """Nothing runs beside the event loop."""
+
+
+def _not_synced(failure: Exception | None, error: OSError) -> Exception:
+    what = f"the upper could not be synced: {errors.reason(error)}"
+    return failure or UserError(what, hint="what was written last may be lost", code=errors.LAYER)
