@@ -9,7 +9,7 @@ Rules of this file:
 - A process that ends with an exit code has ended in order, and the keeper with it. One that a signal ended, or that
   failed over a defect (`CRASHED`), gets a successor.
 - A request that was in hand at `BLAMED` deaths in a row, each soon after the last, is not tried again. A successor that
-  lives for no more than a moment and is asked nothing waits longer each time; after `STRIKES` of them the mount answers
+  dies before it can answer is a strike. The next one waits longer each time; after `STRIKES` in a row the mount answers
   errors, but it answers.
 - A server that leaves requests waiting for `HUNG` seconds is treated as one that died, its stacks in the log first.
 """
@@ -46,7 +46,7 @@ _LOOK: Final = 5.0
 """Seconds between two looks at whether requests are being answered."""
 _GLANCE: Final = 0.001
 _MOMENT: Final = 0.25
-"""A life shorter than this, in seconds, in which nothing was answered, is a strike."""
+"""Seconds within which a request is to blame for a death."""
 _FREE: Final = 3
 """Strikes without a pause."""
 _PAUSE: Final = 0.1
@@ -114,6 +114,7 @@ class Keeper:
             lives += 1
         while True:
             born = monotonic()
+            self._ledger.serving = False
             ours, theirs = _relay()
             signal.pthread_sigmask(signal.SIG_BLOCK, (*_FORWARDED, MAKE_ROOM, signal.SIGCHLD))
             pid = os.fork()
@@ -141,7 +142,7 @@ class Keeper:
     def _judge(self, lasted: float) -> int:
         """Take note of a death after so many seconds; returns the unique of a request that is not to be tried again."""
         hand = self._ledger.hand & ~FUSE_UNIQUE_RESEND
-        if lasted < _MOMENT and not hand:
+        if not self._ledger.serving:
             self._strikes += 1
             if self._strikes > _FREE:
                 sleep(min(_PAUSE * 2 ** (self._strikes - _FREE - 1), _LONGEST))

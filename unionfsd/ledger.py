@@ -27,16 +27,18 @@ word   of a record (eight bytes each)
 
 from __future__ import annotations
 
-import enum
 import errno
 import mmap
 import os
 from array import array
 from collections.abc import Iterator
 from struct import Struct
-from typing import Final, NamedTuple
+from typing import Final
 
+from .records import Flag, Intent, Kind, Record
 from .syscalls import Fd
+
+__all__ = ["ROOT_ID", "Flag", "Intent", "Kind", "Ledger", "Record"]
 
 ROOT_ID: Final = 1
 
@@ -72,6 +74,7 @@ _W_HIGH_CELL: Final = 7
 _W_UP: Final = 8
 _W_SLOTS: Final = 9
 _W_SIGNALS: Final = 10
+_W_SERVING: Final = 11
 _WORD: Final = Struct("=Q")
 
 _INTENT_AT: Final = 512
@@ -83,65 +86,6 @@ _LOG: Final = (1 << 16) // 8
 _LOG_MAX: Final = 1 << 13
 _HEAD: Final = 1 << 17
 _WORDS: Final = Struct("=QQQQQ24s")
-
-
-class Flag(enum.IntFlag):
-    """What a record is."""
-
-    DIRECTORY = 1
-    UNLINKED = 2
-    """The node has no name any more."""
-    ALIAS = 4
-    """A further name of a node."""
-    LINKED = 8
-    """The node may have further names that nobody has looked up."""
-    LOWER = 16
-    """It was only in a lower when it lost its last name."""
-    OPENS = 32
-    """No node, but what the kernel has open of one, its `parent`; see `tally`."""
-
-
-class Kind(enum.IntEnum):
-    """The change of names that a request makes, as far as a second execution would answer otherwise."""
-
-    NEW = 1
-    GONE = 2
-    RENAME = 3
-    EXCHANGE = 4
-    LINK = 5
-    XATTR = 6
-
-
-class Record(NamedTuple):
-    """One record; `ino` of an alias is the nodeid that it names."""
-
-    nodeid: int
-    parent: int
-    name: bytes
-    ino: int
-    lookups: int
-    flags: int
-
-
-class Intent(NamedTuple):
-    """The last change that was about to be published, for the request `unique`.
-
-    `record` and `other` are the records of the names that it moves or removes, 0 where the kernel knows none. `ino`:
-    inode number in the upper of what moves. `lower`: what goes is only in a lower. `applied`: the records say what it
-    did.
-    """
-
-    unique: int
-    kind: Kind
-    record: int
-    other: int
-    parent: int
-    new_parent: int
-    ino: int
-    name: bytes
-    new_name: bytes
-    lower: bool
-    applied: bool
 
 
 class Ledger:
@@ -391,6 +335,15 @@ class Ledger:
     def is_up(self) -> None:
         """It was."""
         self._words[_W_UP] = 1
+
+    @property
+    def serving(self) -> bool:
+        """Whether the present process has come so far as to answer."""
+        return bool(self._words[_W_SERVING])
+
+    @serving.setter
+    def serving(self, value: bool) -> None:
+        self._words[_W_SERVING] = value
 
     @property
     def signals(self) -> int:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from unionfsd.union import Union
     from unionfsd.will import Will
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("unionfsd.daemon")  # as who reads the log has always known it
 
 #: What the descriptor that serves a mount is called where a service manager keeps it.
 _FUSE: Final = "fuse"
@@ -107,7 +107,7 @@ class Serving:
                 systemd.store(_FUSE, self._mount.fuse_fd)
         else:
             log.warning("%s is served again", where)
-        self._is_answering = True
+        self._union.ledger.serving = self._is_answering = True
         if self._answering is not None:
             self._answering.set()
 

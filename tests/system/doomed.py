@@ -1,8 +1,8 @@
 """unionfsd that dies where a test wants it to: by SIGKILL at a system call that changes a layer, or before an answer.
 
 The file $DOOM says where, as ``NUMBER WHEN``: at the NUMBERth such call from now on, WHEN it is ``before`` or ``after``
-it, or at the NUMBERth ``answer``. The file goes when it happens; the next process then works as ever. With ``always``
-for a number it stays, and every process dies at its first such call.
+it, or at the NUMBERth ``answer``, or when a successor is to ``resume``. The file goes when it happens; the next process
+then works as ever. With ``always`` for a number it stays, and every process dies at its first such call.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from unionfsd import syscalls
 from unionfsd.cli import main
+from unionfsd.union import Union
 
 DOOM = os.environ["DOOM"]
 
@@ -67,6 +68,16 @@ def answering(writev: Callable[[int, Any], int]) -> Callable[[int, Any], int]:
     return wrapped
 
 
+def resuming(resume: Callable[[Union], Any]) -> Callable[[Union], Any]:
+    def wrapped(union: Union) -> Any:
+        if due("resume"):
+            die()
+        return resume(union)
+
+    return wrapped
+
+
+Union.resume = resuming(Union.resume)  # type: ignore[method-assign, assignment]
 for name in syscalls.MUTATING:
     setattr(syscalls, name, doomed(getattr(syscalls, name)))
 os.writev = answering(os.writev)

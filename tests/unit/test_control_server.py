@@ -205,6 +205,9 @@ async def test_a_result_is_as_the_table_says(layers: Path, method: schema.Method
     async with serving(layers) as served:
         peer = await served.connect()
         answer = await peer.call(method.name, **{param.name: "/a" for param in method.params if param.required})
+        if method.name == "reexec":  # nobody keeps this mount: tests/system/test_survival.py
+            assert answer["error"]["code"] == protocol.UNSUPPORTED
+            return
         assert "result" in answer, answer
         assert fits(answer["result"], method.result), answer["result"]
 

@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from unionfsd.fuse import abi, passthrough, wire
 from unionfsd.fuse.passthrough import How, Passthrough
+from unionfsd.ledger import Ledger
 from unionfsd.syscalls import Fd
 
 LOWER, UPPER = 1, 2
@@ -51,6 +52,7 @@ class Union:
     def __init__(self, *, writable: bool = True) -> None:
         self.writable = writable
         self.upper: set[int] = set()
+        self.ledger = Ledger.new()
 
     def backing(self, nodeid: int) -> Fd | None:
         if nodeid in self.upper:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from unionfsd.fuse.pressure import Pressure
+from unionfsd.ledger import Ledger
 
 
 class Counting:
@@ -32,5 +33,7 @@ async def test_giving_back_is_a_full_collection(monkeypatch: pytest.MonkeyPatch)
     union: Any = Counting()
     collected = []
     monkeypatch.setattr(gc, "collect", lambda: collected.append(True))
+    union.ledger = Ledger.new()
     await Pressure(union, notifier=None).give_back()  # type: ignore[arg-type]
+    union.ledger.close()
     assert collected == [True]

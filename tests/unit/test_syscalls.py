@@ -21,7 +21,7 @@ PACKAGE = Path(syscalls.__file__).parent
 
 #: Functions of `os` that change a file system, by whatever name.
 #: What a module does to memory of its own, which only looks like a file.
-OF_ITS_OWN = {"ledger.py": ["os.ftruncate"]}
+OF_ITS_OWN = {"ledger.py": ["os.ftruncate"], "keeper.py": ["os.ftruncate"]}
 CHANGING = {
     *("rename", "renames", "replace", "link", "symlink", "mkdir", "makedirs", "mknod", "mkfifo", "unlink", "remove"),
     *(

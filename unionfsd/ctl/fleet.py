@@ -99,7 +99,7 @@ def _reap(seen: Seen, *, dry: bool) -> Iterator[tuple[str, str | None]]:
     """(what, why it could not be taken away or None) for each thing that a dead mount left."""
     for line in reversed(seen.lines):
         yield _text(line.path), None if dry else _detach(line)
-    if seen.socket is not None:
+    if seen.socket is not None and seen.state == "dead":  # a keeper takes its own away
         yield _text(seen.socket), None if dry else _remove(seen.socket)
 
 
