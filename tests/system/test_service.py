@@ -224,12 +224,12 @@ def test_entries_of_the_journal_have_fields(service: Service, tmp_path: Path) ->
 
 
 def test_lines_for_the_journal_carry_their_priority(service: Service) -> None:
-    service.config.write_text(service.config.read_text() + "unheard-of = 'on'\n")
+    service.config.write_text(service.config.read_text() + "nfs_export = 'on'\nkeeper = 'on'\n")
     service.start(*own_run())
     service.hear_of("READY")
     lines = service.log.read_text().splitlines()
     assert f"<6>mounted on {service.layers.mnt}" in lines
-    assert any(line.startswith("<4>unknown option ignored: unheard-of") for line in lines)
+    assert any(line.startswith("<4>keeper=off: with nfs_export=on") for line in lines)
 
 
 # The unit.
