@@ -493,6 +493,26 @@ def test_an_untrusted_certificate_is_for_insecure_registries(
             assert bring(Store(str(tmp_path / "again")), found).digest == made.digest
 
 
+def test_signatures_are_pushed_as_referrers(store: Store, host: str, keys: Path, tmp_path: Path) -> None:
+    """Debian's registry keeps no lists: the tag that stands for one names the signature, once, beside what it named."""
+    made = Made([BASE])
+    name = reference.name(f"{host}/referred/app:1")
+    image = pushed(store, made, tmp_path / "oci", str(name))
+    trust.keep(store, image.digest, [trust.sign(str(keys / "ec.key"), str(name), image.digest)])
+    with Registry(name, push=True) as target:
+        for _ in range(2):
+            pushing.push(store, image, target, Events(), referrers=True)
+        (listed,) = target.referrers(image.digest)
+        assert listed.artifact_type == trust.ARTIFACT
+        assert pushing.subject(target.manifest(listed.digest)[0]) == image.digest
+        trust.keep(store, image.digest, [trust.sign(str(keys / "other-ec.key"), str(name), image.digest)])
+        pushing.push(store, image, target, Events(), referrers=True)
+        assert target.referrers(image.digest)[0] == listed
+        assert len(target.referrers(image.digest)) == 2
+        raw = target.manifest(trust.tag(image.digest))[0]
+        assert set(trust.read(raw, target)) == set(pushing.signatures(target, image.digest, None))
+
+
 def test_signatures_are_found_in_a_list_of_referrers(
     store: Store, host: str, keys: Path, tmp_path: Path, between: tuple[str, type[Between]]
 ) -> None:

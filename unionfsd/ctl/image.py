@@ -79,7 +79,13 @@ VERBS: Final[tuple[Verb, ...]] = (
     Verb(
         "push",
         "push an image, and its signatures, to a registry",
-        (_IMAGE, Argument("to", "docker://HOST/NAME[:TAG] (default: its name)", {"nargs": "?"}), _PLAIN, _QUIET),
+        (
+            _IMAGE,
+            Argument("to", "docker://HOST/NAME[:TAG] (default: its name)", {"nargs": "?"}),
+            Argument("--referrers", "signatures also as OCI 1.1 referrers", {"action": "store_true"}),
+            _PLAIN,
+            _QUIET,
+        ),
         "image_move",
     ),
     Verb(

@@ -82,7 +82,7 @@ def push_(given: argparse.Namespace) -> int:
             store.lock(shared=True),
             registry.Registry(reference.name(text), push=True, plain_http=given.plain_http) as target,
         ):
-            pushing.push(store, image, target, told)
+            pushing.push(store, image, target, told, referrers=given.referrers)
     finally:
         told.close()
     return out(given, summary(image), lambda value: str(value["digest"]))

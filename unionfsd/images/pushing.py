@@ -10,12 +10,17 @@ from unionfsd.images import archives, documents, exporting, trust
 from unionfsd.images.compress import Verified
 from unionfsd.images.documents import Descriptor
 from unionfsd.images.events import Events
-from unionfsd.images.registry import Registry
+from unionfsd.images.registry import Registry, referrers_tag
 from unionfsd.images.store import Image, Store
 
 
-def push(store: Store, image: Image, registry: Registry, events: Events, *, at_once: int = 4) -> None:
-    """Push `image` as the name of `registry`; UserError when a layer is not there as it came."""
+def push(
+    store: Store, image: Image, registry: Registry, events: Events, *, referrers: bool = False, at_once: int = 4
+) -> None:
+    """Push `image` as the name of `registry`; UserError when a layer is not there as it came.
+
+    `referrers`: its signatures are put among what refers to it, too (OCI 1.1).
+    """
     exporting.require_blobs(store, image)
     *blobs, manifest = exporting.blobs(image)
     with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
@@ -23,7 +28,7 @@ def push(store: Store, image: Image, registry: Registry, events: Events, *, at_o
             done.result()
     reference = registry.name.tag or manifest.digest
     registry.put_manifest(image.manifest.raw, image.manifest.media_type, reference)
-    _push_signatures(store, image, registry)
+    _push_signatures(store, image, registry, referrers=referrers)
 
 
 def _upload(store: Store, blob: Descriptor, registry: Registry, events: Events) -> None:
@@ -43,8 +48,8 @@ def _upload(store: Store, blob: Descriptor, registry: Registry, events: Events) 
     events.end(blob.digest)
 
 
-def _push_signatures(store: Store, image: Image, registry: Registry) -> None:
-    """Add the signatures of the manifest to those in the registry, under cosign's tag."""
+def _push_signatures(store: Store, image: Image, registry: Registry, *, referrers: bool) -> None:
+    """Add the signatures of the manifest to those in the registry, under cosign's tag, which everybody reads."""
     mine = [each for each in trust.kept(store, image.digest) if each.signed_index is None]
     if not mine:
         return
@@ -53,6 +58,22 @@ def _push_signatures(store: Store, image: Image, registry: Registry) -> None:
     for digest, data in blobs.items():
         registry.upload(Descriptor("", digest, len(data), {}), lambda data=data: iter([data]))  # type: ignore[misc]
     registry.put_manifest(manifest.raw, manifest.media_type, trust.tag(image.digest))
+    if referrers:
+        manifest, _ = trust.manifest(every, image.manifest.descriptor)
+        if not registry.put_manifest(manifest.raw, manifest.media_type, manifest.digest):
+            _list_referrer(registry, image.digest, manifest.descriptor._replace(artifact_type=trust.ARTIFACT))
+
+
+def _list_referrer(registry: Registry, digest: str, referrer: Descriptor) -> None:
+    """Add to what refers to a manifest where the registry keeps no such list (distribution-spec, "Referrers Tag")."""
+    tag = referrers_tag(digest)
+    raw = registry.find_manifest(tag)
+    known = () if raw is None else documents.index(raw)
+    if any(each.digest == referrer.digest for each in known):
+        return
+    entries = [each.to_json() for each in (*known, referrer)]
+    listed = documents.dump({"schemaVersion": 2, "mediaType": documents.OCI_INDEX, "manifests": entries})
+    registry.put_manifest(listed, documents.OCI_INDEX, tag)
 
 
 def signatures(registry: Registry, digest: str, index: bytes | None) -> list[trust.Signature]:

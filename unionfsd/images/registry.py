@@ -50,6 +50,11 @@ class RegistryError(UserError):
         self.status = status
 
 
+def referrers_tag(digest: str) -> str:
+    """The tag of the list of what refers to a manifest, where the registry keeps none (distribution-spec 1.1)."""
+    return digest.replace(":", "-")
+
+
 class Registry:
     """The repository of `name` in its registry, or `at` another place, for reading and, with `push`, for writing.
 
@@ -256,7 +261,7 @@ class Registry:
 
     def referrers(self, digest: str) -> list[Descriptor]:
         """What refers to a manifest by its `subject`; by the fallback tag where the registry has no such list."""
-        for url in (f"referrers/{digest}", f"manifests/{digest.replace(':', '-')}"):
+        for url in (f"referrers/{digest}", f"manifests/{referrers_tag(digest)}"):
             try:
                 return list(self._referrers(url))
             except RegistryError as error:
@@ -293,9 +298,11 @@ class Registry:
 
         self._again(put)
 
-    def put_manifest(self, raw: bytes, media_type: str, reference: str) -> None:
+    def put_manifest(self, raw: bytes, media_type: str, reference: str) -> bool:
+        """Push a manifest under a tag or its digest; whether the registry lists it with what its `subject` is."""
         headers = {"Content-Type": media_type}
-        self._again(lambda: self._send("PUT", f"manifests/{reference}", headers=headers, content=lambda: raw))
+        answer = self._again(lambda: self._send("PUT", f"manifests/{reference}", headers=headers, content=lambda: raw))
+        return "oci-subject" in answer.headers
 
 
 class _Download:

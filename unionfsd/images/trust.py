@@ -70,8 +70,11 @@ def payload(name: str, digest: str) -> bytes:
     return documents.dump({"critical": critical, "optional": None})
 
 
-def manifest(signatures: Sequence[Signature]) -> tuple[Manifest, dict[str, bytes]]:
-    """(the manifest that holds signatures, its blobs by digest), as cosign writes it."""
+def manifest(signatures: Sequence[Signature], subject: Descriptor | None = None) -> tuple[Manifest, dict[str, bytes]]:
+    """(the manifest that holds signatures, its blobs by digest), as cosign writes it.
+
+    With a `subject`, it refers to that, and needs no tag (image-spec 1.1, manifest.md).
+    """
     layers = [
         Descriptor(
             PAYLOAD,
@@ -89,12 +92,15 @@ def manifest(signatures: Sequence[Signature]) -> tuple[Manifest, dict[str, bytes
             "rootfs": {"type": "layers", "diff_ids": [layer.digest for layer in layers]},
         }
     )
+    kind = documents.OCI_CONFIG if subject is None else ARTIFACT
+    refers = {} if subject is None else {"subject": subject.to_json(), "artifactType": ARTIFACT}
     raw = documents.dump(
         {
             "schemaVersion": 2,
             "mediaType": documents.OCI_MANIFEST,
-            "config": Descriptor(documents.OCI_CONFIG, digests.of(config), len(config), {}).to_json(),
+            "config": Descriptor(kind, digests.of(config), len(config), {}).to_json(),
             "layers": [layer.to_json() for layer in layers],
+            **refers,
         }
     )
     blobs = {digests.of(each.payload): each.payload for each in signatures} | {digests.of(config): config}
