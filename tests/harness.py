@@ -289,10 +289,11 @@ class LogPolicy:
 
 
 def has_ended(pid: int) -> bool:
-    """Whether a process is gone, or waits only for its parent to take note."""
+    """Whether a process is gone, or waits only for its parent to take note: all of its threads have ended."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] == "Z"
-    except FileNotFoundError:
+        is_zombie = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] == "Z"
+        return is_zombie and len(os.listdir(f"/proc/{pid}/task")) == 1
+    except (FileNotFoundError, ProcessLookupError):
         return True
 
 
@@ -377,6 +378,7 @@ class Daemon(Mount):
 
     def _kill(self) -> None:
         assert self._process is not None
+        os.kill(self.keeper, signal.SIGSTOP)  # from here on it starts nobody
         served = children(self.keeper)
         self._process.kill()
         self._process.wait()
