@@ -185,8 +185,11 @@ class Attributes:
             fd = yield from self._handles.writable(node)
             syscalls.truncate(fd.fd, change.size)
         if not change.only_cuts:
-            with self._resolver.open_object(node) as fd:
-                self._apply(fd.fd, self._form(node), change)
+            if node.open is not None and node.open.fd is not None and node.open.writable:
+                self._apply(node.open.fd.fd, self._form(node), change)
+            else:
+                with self._resolver.open_object(node) as fd:
+                    self._apply(fd.fd, self._form(node), change)
         if isinstance(node, DirNode):
             node.heritage = None
         return self.get(node)
@@ -226,6 +229,8 @@ class Attributes:
         form = self._form(node)
         if node.open is not None and node.open.fd is not None and node.entry.data is None:
             value = owners.read_xattr(node.open.fd.fd, name, form)  # asked before the first write to every file
+        elif form is None:
+            value = syscalls.getxattr_at(*self._resolver.spot(node), name)
         else:
             with self._resolver.open_object(node) as fd:
                 value = owners.read_xattr(fd.fd, name, form)

@@ -30,7 +30,7 @@ from . import owners, protection, syscalls, verity
 from .entries import UPPER, Entry, Source
 from .events import Events
 from .fdcache import FdCache
-from .filling import Check, fill, fill_data, restore_privileges, staging_mode
+from .filling import Check, Filling, fill_data, restore_privileges, staging_mode
 from .index import Index
 from .inodes import DirNode, Node, OpenState, path_of
 from .integrity import UnsoundError, see
@@ -44,7 +44,7 @@ from .workdir import Staged, Workdir
 
 log = logging.getLogger(__name__)
 
-#: Files up to this size are copied without a thread where nothing has to be synced; empty ones always.
+#: Files up to this size are copied without a thread where the page cache has them.
 _INLINE: Final = 64 * 1024
 
 
@@ -72,6 +72,7 @@ class CopyUp:
         self._counters = counters
         self.keeping = keeping
         self._events = Events() if events is None else events
+        self._room = memoryview(bytearray(_INLINE))
 
     def directory(self, node: DirNode) -> int:
         """See that `node` and all above it are in the upper; returns the number of the upper directory's fd."""
@@ -218,16 +219,15 @@ class CopyUp:
             elsewhere = self._resolver.locate(node, own.fd) if metadata.elsewhere else None
             if elsewhere is not None:
                 source = elsewhere.open(self._fds)
-            length = metadata.st.st_size if size is None else min(size, metadata.st.st_size)
             place = (lower, _below(node)) if elsewhere is None else elsewhere[:2]
             check = self._check(*place)
             staged = self._work.stage_file(staging_mode(metadata, self.keeping))
             try:
                 protection.carry(own.fd, staged.fd.fd, self._work)
                 indexed = self._record_leaf_origin(staged.fd.fd, lower, node)
-                sync = self._work.syncs
-                filling = partial(fill, staged.fd, source, elsewhere, metadata, size, self.keeping, check, sync=sync)
-                yield from self._run(filling, length, node, staged.fd, place)
+                yield from self._fill(
+                    Filling(staged.fd, source, elsewhere, metadata, size, self.keeping, check), node, place
+                )
                 # The gate kept the node a lower one; names and parents are looked at only from here on.
                 self._finish(node, staged, metadata.st.st_nlink if indexed else None)
             except BaseException:
@@ -317,16 +317,24 @@ class CopyUp:
         wanted = None if self._resolver.integrity is None else self._resolver.integrity.data(lower, name)
         return None if wanted is None else partial(see, wanted)
 
+    def _fill(self, filling: Filling, node: Node, place: tuple[LowerDir, bytes]) -> Op[None]:
+        """Fill a file that nobody sees yet with the data that is at `place`."""
+        copied = filling.at_once(self._room)
+        if copied is None:
+            run = partial(filling.run, sync=self._work.syncs)
+            yield from self._run(run, filling.length, node, filling.target, place)
+            return
+        self._counters.copied_bytes += copied
+        if copied and self._work.syncs:
+            yield Blocking(partial(_sync, filling.target))
+
     def _run(
         self, fill: Callable[[], int], size: int, node: Node, target: Fd, place: tuple[LowerDir, bytes]
     ) -> Op[None]:
-        """Fill a file that nobody sees yet with the data that is at `place`."""
+        """Call `fill`, which fills a file that nobody sees yet with the data that is at `place`, in a thread."""
         try:
-            if size <= (0 if self._work.syncs else _INLINE):
-                self._counters.copied_bytes += fill()
-            else:
-                with self._counters.working("copy-up", path_of(node), size, partial(_size, target)):
-                    self._counters.copied_bytes += yield Blocking(fill)
+            with self._counters.working("copy-up", path_of(node), size, partial(_size, target)):
+                self._counters.copied_bytes += yield Blocking(fill)
         except UnsoundError:
             assert self._resolver.integrity is not None
             raise self._resolver.integrity.fail(*place, "data") from None
@@ -400,7 +408,9 @@ class CopyUp:
     def restore_mtime(self, fd: int, mtime_ns: int) -> None:
         """Put the mtime of an upper file back. Best effort: its data is written, and failing now would deny it."""
         try:
-            syscalls.utimens(fd, UTIME_OMIT, mtime_ns)
+            # What is written soon after it was made moves no time: clocks of file systems are coarse.
+            if os.fstat(fd).st_mtime_ns != mtime_ns:
+                syscalls.utimens(fd, UTIME_OMIT, mtime_ns)
         except OSError as exc:
             self._skip("mtime of a file", exc)
 
@@ -446,6 +456,10 @@ class CopyUp:
 def _below(node: Node) -> bytes:
     """What the lower calls a node that is there."""
     return node.entry.name or node.name
+
+
+def _sync(fd: Fd) -> None:
+    syscalls.fsync(fd.fd)
 
 
 def _size(fd: Fd) -> int:

@@ -3,16 +3,18 @@
 Rules this file obeys:
 
 - It touches descriptors and immutable values only.
+- A small file that the page cache has is filled at once: a thread takes longer than it. Only its sync is left to one.
 - What is not on disk is put there, unless the mount never syncs. Where nothing was copied, nothing is: an empty file
   has no data, and blocks that are shared with a lower are on disk. Kernel overlayfs does the same (seen on 6.18).
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from . import format as fmt
 from . import owners, syscalls, verity
@@ -30,29 +32,75 @@ def staging_mode(metadata: Metadata, keeping: Keeping) -> int:
     return owners.disk_mode(metadata.st.st_mode, keeping.form) & 0o777 | 0o600
 
 
-def fill(
-    target: Fd,
-    source: Fd,
-    elsewhere: Source | None,
-    metadata: Metadata,
-    size: int | None,
-    keeping: Keeping,
-    check: Check | None,
-    *,
-    sync: bool,
-) -> int:
-    """Give `target` the data of `source` and `metadata`; returns the bytes copied. Runs in a thread.
+class Filling(NamedTuple):
+    """A staged file, `target`, that is to have the data of `source` and `metadata`.
 
-    `elsewhere`: where `source` is, if that is not the object that `metadata` is of.
+    `elsewhere`: where `source` is, if that is not the object that `metadata` is of. `size`: so much of the data, as if
+    truncated now; None for all.
     """
-    length = metadata.st.st_size if size is None else min(size, metadata.st.st_size)
-    copied, fresh = _give(target, source, elsewhere, length, check)
-    apply_metadata(target.fd, metadata, keeping)
-    if size is not None:
-        syscalls.utimens(target.fd, metadata.st.st_atime_ns, UTIME_NOW)
-    if sync and fresh:
-        syscalls.fsync(target.fd)
-    return copied
+
+    target: Fd
+    source: Fd
+    elsewhere: Source | None
+    metadata: Metadata
+    size: int | None
+    keeping: Keeping
+    check: Check | None
+
+    @property
+    def length(self) -> int:
+        """Bytes of data that it is to have."""
+        whole = self.metadata.st.st_size
+        return whole if self.size is None else min(self.size, whole)
+
+    def run(self, *, sync: bool) -> int:
+        """Do it, in a thread; returns the bytes copied."""
+        copied, fresh = _give(self.target, self.source, self.elsewhere, self.length, self.check)
+        self._finish()
+        if sync and fresh:
+            syscalls.fsync(self.target.fd)
+        return copied
+
+    def at_once(self, room: memoryview) -> int | None:
+        """Do it without waiting for a disk, by way of `room`; returns the bytes copied, which are not synced.
+
+        None, and nothing was done: it takes a thread.
+        """
+        if self.elsewhere is not None or self.check is not None or self.length > len(room):
+            return None
+        if self.length and not (self.size is None and share_data(self.source.fd, self.target.fd)):
+            data = room[: self.length]
+            if not _read_cached(self.source.fd, data):
+                return None
+            _put(self.target.fd, data)
+            self._finish()
+            return self.length
+        self._finish()
+        return 0
+
+    def _finish(self) -> None:
+        apply_metadata(self.target.fd, self.metadata, self.keeping)
+        if self.size is not None:
+            syscalls.utimens(self.target.fd, self.metadata.st.st_atime_ns, UTIME_NOW)
+
+
+def _read_cached(fd: int, buffer: memoryview) -> bool:
+    """Read the beginning of a file without holes; False unless the page cache has all of it."""
+    st = os.fstat(fd)
+    if st.st_blocks * 512 < st.st_size:
+        return False
+    try:
+        return os.preadv(fd, [buffer], 0, os.RWF_NOWAIT) == len(buffer)
+    except OSError as exc:
+        if exc.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
+            return False
+        raise
+
+
+def _put(fd: int, data: memoryview) -> None:
+    done = 0
+    while done < len(data):
+        done += syscalls.pwrite(fd, data[done:], done)
 
 
 def fill_data(target: Fd, source: Fd, where: Source, length: int, check: Check | None, *, sync: bool) -> int:

@@ -9,6 +9,7 @@ Rules this file obeys:
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 from collections.abc import Iterator
@@ -76,7 +77,7 @@ class Layer:
         if self._uuid is None:
             try:
                 with syscalls.reopen(self.root.fd, os.O_RDONLY | os.O_DIRECTORY) as fd:
-                    self._uuid = syscalls.fs_uuid(fd.fd)
+                    self._uuid = fs_uuid(fd.fd)
             except OSError:
                 self._uuid = bytes(16)
         return self._uuid
@@ -263,6 +264,18 @@ def is_xattr_whiteout(dirfd: int, name: bytes) -> bool:
     """Whether the empty regular file `name` bears the whiteout xattr."""
     with syscalls.open_object(dirfd, name) as fd:
         return any(optional_xattr(fd.fd, attr) is not None for attr in fmt.WHITEOUT_NAMES)
+
+
+_FS_IOC_GETFSUUID: Final = 0x80111500
+
+
+def fs_uuid(fd: int) -> bytes:
+    """The 16 bytes of the UUID of the file system of `fd` (readable); ENOTTY before Linux 6.9 or where it has none."""
+    buf = bytearray(17)
+    fcntl.ioctl(fd, _FS_IOC_GETFSUUID, buf)
+    if buf[0] != 16:
+        raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
+    return bytes(buf[1:17])
 
 
 def _fold(ino: int) -> int:

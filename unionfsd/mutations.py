@@ -13,7 +13,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import NamedTuple
+from functools import partial
+from typing import Final, NamedTuple
 
 from . import acl, owners, syscalls
 from . import format as fmt
@@ -28,6 +29,9 @@ from .owners import Owners
 from .places import Place, Places, fail
 from .steps import Op
 from .workdir import Staged, Workdir
+
+_NO_HERITAGE: Final = Heritage(None, None)
+_SPECIAL: Final = stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX
 
 
 class Caller(NamedTuple):
@@ -82,6 +86,11 @@ class Mutations:
         """Create a regular file; returns its fd, opened O_RDWR."""
         place = self._places.new(parent, name)
         bits, access = self._inherit(parent, mode, caller)
+        if self._is_whole(parent, bits, caller):
+            try:
+                return self._places.make(place, partial(syscalls.create_at, mode=stat.S_IMODE(bits)))
+            except FileExistsError:
+                pass  # a whiteout
         staged = self._work.stage_file(owners.disk_mode(bits, self._form))
         self._own_and_publish(staged, place, bits, access, caller)
         return staged.fd
@@ -105,6 +114,11 @@ class Mutations:
 
     def symlink(self, parent: DirNode, name: bytes, target: bytes, caller: Caller) -> None:
         place = self._places.new(parent, name)
+        if self._is_whole(parent, 0, caller):
+            try:
+                return self._places.make(place, partial(syscalls.symlink_at, target))
+            except FileExistsError:
+                pass
         self._own_and_publish(self._work.stage_symlink(target), place, stat.S_IFLNK | 0o777, None, caller)
 
     def mkdir(self, parent: DirNode, name: bytes, mode: int, caller: Caller) -> None:
@@ -113,6 +127,11 @@ class Mutations:
         heritage = self._heritage(parent)
         if heritage.gid is not None:
             bits |= stat.S_ISGID
+        if self._is_whole(parent, bits, caller) and not self._resolver.lower_has(parent, name):
+            try:
+                return self._places.make(place, partial(syscalls.mkdir_at, mode=stat.S_IMODE(bits)))
+            except FileExistsError:
+                pass
         staged = self._work.stage_dir(owners.disk_mode(bits, self._form))
         try:
             if heritage.default_acl is not None:
@@ -123,6 +142,16 @@ class Mutations:
             staged.abandon()
             raise
         self._own_and_publish(staged, place, bits, access, caller)
+
+    def _is_whole(self, parent: DirNode, mode: int, caller: Caller) -> bool:
+        """Whether what is made in the upper directory of `parent` is at once what it is to be, with nothing to set.
+
+        Then to make it is to publish it.
+        """
+        if self._form is not None or self._noacl or self._heritage(parent) != _NO_HERITAGE or mode & _SPECIAL:
+            return False
+        makes = self._owners.uid_of_maker(caller.uid), self._owners.gid_of_maker(caller.gid)
+        return makes == (os.geteuid(), os.getegid())
 
     def _inherit(self, parent: DirNode, mode: int, caller: Caller) -> acl.Inherited:
         default = self._heritage(parent).default_acl

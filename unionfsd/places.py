@@ -14,8 +14,9 @@ import errno
 import logging
 import os
 import stat
+from collections.abc import Callable
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 from . import format as fmt
 from . import syscalls
@@ -30,6 +31,8 @@ from .lookup import Hit, Resolver
 from .steps import Op
 from .syscalls import stat_or_none
 from .workdir import Staged, Workdir
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -256,6 +259,13 @@ class Places:
                 raise
             staged.publish_over(dirfd, name)
         self.unhide(place)
+
+    def make(self, place: Place, make: Callable[[int, bytes], T]) -> T:
+        """Have `make` make a new name in its directory, whole in one call; EEXIST where anything is, a whiteout too."""
+        self.ledger.intend(Kind.NEW, place.parent.nodeid, place.name)
+        made = make(place.dirfd, place.name)
+        self.unhide(place)
+        return made
 
     def unhide(self, place: Place) -> None:
         """Drop the ``.wh.`` entry of a name that the upper now has. Best effort: it speaks only of lowers."""

@@ -6,8 +6,8 @@ Rules this file obeys:
   directory fd and never followed when they are symlinks.
 - Every call that changes a file system is a function named in `MUTATING` and is called as ``syscalls.NAME(...)``:
   a test that replaces the attribute sees every change the core makes.
-- An object that may be of any type is held by an O_PATH fd and reached through `proc_path`, whose magic link resolves
-  to the object itself, a symlink included.
+- An object that may be of any type is held by an O_PATH fd. What an O_PATH fd does not take (EBADF) goes through
+  `proc_path`, whose magic link resolves to the object itself, a symlink included; what is open goes the shorter way.
 - Errors are plain OSError with errno; nothing is retried here except EINTR, which Python does.
 """
 
@@ -18,8 +18,11 @@ import errno
 import fcntl
 import os
 import struct
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, TypeVar
+
+T = TypeVar("T")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -37,19 +40,6 @@ UTIME_NOW: Final = 1 << 100
 UTIME_OMIT: Final = UTIME_NOW + 1
 _TV_NSEC = {UTIME_NOW: (1 << 30) - 1, UTIME_OMIT: (1 << 30) - 2}
 
-MS_RDONLY: Final = 1
-MS_NOSUID: Final = 2
-MS_NODEV: Final = 4
-MS_NOEXEC: Final = 8
-MS_SYNCHRONOUS: Final = 16
-MS_REMOUNT: Final = 32
-MS_MANDLOCK: Final = 64
-MS_DIRSYNC: Final = 128
-MS_NOATIME: Final = 1024
-MS_NODIRATIME: Final = 2048
-MS_POSIXACL: Final = 1 << 16
-MS_RELATIME: Final = 1 << 21
-MS_STRICTATIME: Final = 1 << 24
 MNT_DETACH: Final = 2
 UMOUNT_NOFOLLOW: Final = 8
 
@@ -62,7 +52,6 @@ MOUNT_ATTR_NOATIME: Final = 0x10
 _MOUNT_ATTR__ATIME: Final = 0x70
 
 FICLONE: Final = 0x40049409
-FS_IOC_GETFSUUID: Final = 0x80111500
 
 #: Functions of this module that change a file system; the core calls them through the module, always.
 MUTATING: Final = (
@@ -175,14 +164,30 @@ def stat_or_none(dirfd: int, name: bytes) -> os.stat_result | None:
         return None
 
 
+def _on(call: Callable[..., T], fd: int, *args: object) -> T:
+    try:
+        return call(fd, *args)
+    except OSError as exc:
+        if exc.errno != errno.EBADF:
+            raise
+    return call(proc_path(fd), *args)
+
+
 def getxattr(fd: int, name: bytes) -> bytes:
     """Value of an xattr of the object `fd` (O_PATH allowed); ENODATA when there is none."""
-    return os.getxattr(proc_path(fd), name)
+    return _on(os.getxattr, fd, name)
+
+
+def getxattr_at(dirfd: int, name: bytes, xattr: bytes) -> bytes:
+    """Value of an xattr of `name` beneath `dirfd`, a symlink included, or with no name of `dirfd` itself; ENODATA."""
+    if not name:
+        return getxattr(dirfd, xattr)
+    return os.getxattr(proc_path(dirfd) + b"/" + component(name), xattr, follow_symlinks=False)
 
 
 def listxattr(fd: int) -> list[bytes]:
     """Names of the xattrs of the object `fd` (O_PATH allowed)."""
-    return [os.fsencode(name) for name in os.listxattr(proc_path(fd))]
+    return [os.fsencode(name) for name in _on(os.listxattr, fd)]
 
 
 def listxattr_at(dirfd: int, name: bytes) -> list[str]:
@@ -225,9 +230,17 @@ def link_at(dirfd: int, name: bytes, newdirfd: int, newname: bytes) -> None:
     os.link(component(name), component(newname), src_dir_fd=dirfd, dst_dir_fd=newdirfd, follow_symlinks=False)
 
 
+_linkat = _libc.linkat
+_linkat.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_int)
+
+
 def link_fd(fd: int, newdirfd: int, newname: bytes) -> None:
     """Give the object that `fd` refers to (an O_TMPFILE, too) a name; EEXIST when it is taken."""
-    os.link(proc_path(fd), component(newname), dst_dir_fd=newdirfd, follow_symlinks=True)
+    if _linkat(fd, b"", newdirfd, component(newname), AT_EMPTY_PATH):
+        if ctypes.get_errno() != errno.ENOENT:
+            raise _error(newname)
+        # That takes CAP_DAC_READ_SEARCH before Linux 6.10.
+        os.link(proc_path(fd), newname, dst_dir_fd=newdirfd, follow_symlinks=True)
 
 
 def unlink_at(dirfd: int, name: bytes) -> None:
@@ -250,12 +263,12 @@ def renameat2(dirfd: int, name: bytes, newdirfd: int, newname: bytes, flags: int
 
 def chown(fd: int, uid: int, gid: int) -> None:
     """Change the owner of the object `fd` (O_PATH allowed); -1 leaves one as it is."""
-    os.chown(proc_path(fd), uid, gid)
+    _on(os.chown, fd, uid, gid)
 
 
 def chmod(fd: int, mode: int) -> None:
     """Change the permission bits of the object `fd` (O_PATH allowed); EOPNOTSUPP for a symlink."""
-    os.chmod(proc_path(fd), mode)
+    _on(os.chmod, fd, mode)
 
 
 _utimensat = _libc.utimensat
@@ -266,7 +279,8 @@ _TIMES: Final = struct.Struct("@qqqq")
 def utimens(fd: int, atime_ns: int, mtime_ns: int) -> None:
     """Set the times of the object `fd` (O_PATH allowed), in ns since the epoch, or UTIME_NOW or UTIME_OMIT."""
     times = _TIMES.pack(*_timespec(atime_ns), *_timespec(mtime_ns))
-    if _utimensat(AT_FDCWD, proc_path(fd), times, 0):
+    # The first is understood from Linux 5.8 on.
+    if _utimensat(fd, b"", times, AT_EMPTY_PATH) and _utimensat(AT_FDCWD, proc_path(fd), times, 0):
         raise _error()
 
 
@@ -277,11 +291,11 @@ def _timespec(ns: int) -> tuple[int, int]:
 
 def setxattr(fd: int, name: bytes, value: bytes, flags: int = 0) -> None:
     """Set an xattr of the object `fd` (O_PATH allowed); `flags` are XATTR_CREATE or XATTR_REPLACE."""
-    os.setxattr(proc_path(fd), name, value, flags)
+    _on(os.setxattr, fd, name, value, flags)
 
 
 def removexattr(fd: int, name: bytes) -> None:
-    os.removexattr(proc_path(fd), name)
+    _on(os.removexattr, fd, name)
 
 
 def truncate(fd: int, size: int) -> None:
@@ -345,25 +359,25 @@ _Statx = ctypes.c_char * 256  # made once: create_string_buffer makes a type and
 _STATX_BTIME_AT: Final = 0x50
 _STATX_DEV_AT: Final = 0x88
 _AT_STATX_DONT_SYNC: Final = 0x4000
-
-
 _STATX_ATTRIBUTES_AT: Final = 0x08
+
+
+def _statx_of(dirfd: int, path: bytes, flags: int, mask: int = 0) -> ctypes.Array[ctypes.c_char]:
+    buf = _Statx()
+    if _statx(dirfd, path, flags, mask, buf):
+        raise _error(path)
+    return buf
 
 
 def attributes_at(dirfd: int, name: bytes) -> int:
     """STATX_ATTR_* of `name` beneath `dirfd`, or with no name of `dirfd` itself: 0x10 immutable, 0x20 append-only."""
-    buf = _Statx()
-    flags = AT_SYMLINK_NOFOLLOW if name else AT_EMPTY_PATH
-    if _statx(dirfd, component(name) if name else b"", flags, 0, buf):
-        raise _error()
+    buf = _statx_of(dirfd, component(name) if name else b"", AT_SYMLINK_NOFOLLOW if name else AT_EMPTY_PATH)
     return int(struct.unpack_from("=Q", buf, _STATX_ATTRIBUTES_AT)[0])
 
 
 def birth_time(fd: int) -> int | None:
     """When the object `fd` (O_PATH allowed) was made, in ns since the epoch; None where that is not known."""
-    buf = _Statx()
-    if _statx(fd, b"", AT_EMPTY_PATH, _STATX_BTIME, buf):
-        raise _error()
+    buf = _statx_of(fd, b"", AT_EMPTY_PATH, _STATX_BTIME)
     if not struct.unpack_from("=I", buf)[0] & _STATX_BTIME:
         return None
     seconds, nanoseconds = struct.unpack_from("=qI", buf, _STATX_BTIME_AT)
@@ -372,10 +386,7 @@ def birth_time(fd: int) -> int | None:
 
 def device_of(path: bytes) -> tuple[int, int]:
     """(major, minor) of what `path` is, symlinks followed, as the kernel knows it: its file system is not asked."""
-    buf = _Statx()
-    if _statx(AT_FDCWD, path, _AT_STATX_DONT_SYNC, 0, buf):
-        raise _error(path)
-    major, minor = struct.unpack_from("=II", buf, _STATX_DEV_AT)
+    major, minor = struct.unpack_from("=II", _statx_of(AT_FDCWD, path, _AT_STATX_DONT_SYNC), _STATX_DEV_AT)
     return int(major), int(minor)
 
 
@@ -474,15 +485,6 @@ def open_by_handle(mount_fd: int, kind: int, handle: bytes) -> Fd:
     if fd < 0:
         raise _error()
     return Fd(fd)
-
-
-def fs_uuid(fd: int) -> bytes:
-    """The 16 bytes of the UUID of the file system of `fd` (readable); ENOTTY before Linux 6.9 or where it has none."""
-    buf = bytearray(17)
-    fcntl.ioctl(fd, FS_IOC_GETFSUUID, buf)
-    if buf[0] != 16:
-        raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
-    return bytes(buf[1:17])
 
 
 def _syscall(number: int, *args: int | bytes) -> int:

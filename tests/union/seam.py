@@ -26,6 +26,7 @@ READING = (
     "reopen",
     "stat_at",
     "getxattr",
+    "getxattr_at",
     "listxattr",
     "readlink",
     "attributes_at",

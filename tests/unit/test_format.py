@@ -17,6 +17,7 @@ from tests.harness import Layers, MountFactory
 from unionfsd import format as fmt
 from unionfsd import syscalls
 from unionfsd.format import Origin, Redirect
+from unionfsd.layers import fs_uuid
 
 origins = st.builds(Origin, st.integers(0, 255), st.binary(max_size=234), st.binary(min_size=16, max_size=16))
 
@@ -111,7 +112,7 @@ def test_the_kernel_writes_the_same_origin(layers: Layers, overlayfs: MountFacto
     written = os.getxattr(layers.upper / "file", "trusted.overlay.origin")
     with syscalls.Fd(os.open(layers.lower, os.O_RDONLY | os.O_DIRECTORY)) as fd:
         kind, handle = syscalls.file_handle(fd.fd, b"file")
-        uuid = syscalls.fs_uuid(fd.fd)
+        uuid = fs_uuid(fd.fd)
     assert fmt.encode_origin(Origin(kind, handle, uuid)) == written
     assert fmt.decode_origin(written) == Origin(kind, handle, uuid)
 

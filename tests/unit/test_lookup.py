@@ -22,6 +22,7 @@ from unionfsd import lookup, syscalls
 from unionfsd.entries import UPPER
 from unionfsd.fdcache import FdCache
 from unionfsd.inodes import DirNode, Node, NodeTable
+from unionfsd.layers import fs_uuid
 from unionfsd.listing import LowerNames
 from unionfsd.lookup import Hit, Resolver
 from unionfsd.opening import open_stack
@@ -395,7 +396,7 @@ def copied_up(layers: Stack, *, lower: bytes = b"f", uuid: bool = True) -> None:
     assert layers.upper is not None
     with syscalls.Fd(os.open(layers.lowers[0], os.O_RDONLY | os.O_DIRECTORY)) as fd:
         kind, handle = syscalls.file_handle(fd.fd, lower)
-        origin = fmt.Origin(kind, handle, syscalls.fs_uuid(fd.fd) if uuid else b"\1" * 16)
+        origin = fmt.Origin(kind, handle, fs_uuid(fd.fd) if uuid else b"\1" * 16)
     os.setxattr(layers.upper + b"/f", "trusted.overlay.origin", fmt.encode_origin(origin), follow_symlinks=False)
 
 

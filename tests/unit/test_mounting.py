@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from unionfsd import syscalls
 from unionfsd.errors import MOUNT, UserError
 from unionfsd.fuse import mounting
-from unionfsd.options import MountConfig
+from unionfsd.options import MountConfig, mountflags
 
 CONFIG = MountConfig(lowerdirs=(b"/low",), mountpoint=b"/mnt", upperdir=b"/up", workdir=b"/work")
 
@@ -66,7 +65,7 @@ def test_labels_reach_only_a_kernel_that_has_them() -> None:
 
 
 def test_fusermount_gets_what_it_knows() -> None:
-    flags = syscalls.MS_NOSUID | syscalls.MS_NOEXEC | syscalls.MS_NOATIME | syscalls.MS_RELATIME
+    flags = mountflags.MS_NOSUID | mountflags.MS_NOEXEC | mountflags.MS_NOATIME | mountflags.MS_RELATIME
     config = CONFIG._replace(fsname="a,b\\c", ro=True, mount_flags=flags)
     assert mounting.fusermount_options(config) == (
         "fsname=a\\,b\\\\c,subtype=unionfsd,default_permissions,ro,nosuid,noexec,noatime"
@@ -74,7 +73,7 @@ def test_fusermount_gets_what_it_knows() -> None:
 
 
 def test_what_fusermount_does_not_know_is_left_out_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    config = CONFIG._replace(mount_flags=syscalls.MS_STRICTATIME)
+    config = CONFIG._replace(mount_flags=mountflags.MS_STRICTATIME)
     assert mounting.fusermount_options(config) == "fsname=unionfsd,subtype=unionfsd,default_permissions"
     assert "strictatime" in caplog.text
 

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unionfsd import syscalls
 from unionfsd.errors import USAGE, UserError
-from unionfsd.options import MountConfig, parse
+from unionfsd.options import MountConfig, mountflags, parse
 from unionfsd.options.__main__ import MARK, renewed, tables
 from unionfsd.options.effects import Anyway, Nothing, Option, Refused, Security, Value, Word
 from unionfsd.options.table import GROUPS, OPTIONS
@@ -181,11 +180,11 @@ def test_root_lets_others_in_and_a_user_must_ask() -> None:
 
 
 def test_mount_flags_accumulate_and_the_later_one_wins() -> None:
-    assert config("nodev,nosuid,noexec,dev").mount_flags == syscalls.MS_NOSUID | syscalls.MS_NOEXEC
-    assert config("noatime,relatime").mount_flags == syscalls.MS_RELATIME
+    assert config("nodev,nosuid,noexec,dev").mount_flags == mountflags.MS_NOSUID | mountflags.MS_NOEXEC
+    assert config("noatime,relatime").mount_flags == mountflags.MS_RELATIME
     assert config("strictatime,noatime,atime").mount_flags == 0
     assert config("sync,dirsync,nodiratime").mount_flags == (
-        syscalls.MS_SYNCHRONOUS | syscalls.MS_DIRSYNC | syscalls.MS_NODIRATIME
+        mountflags.MS_SYNCHRONOUS | mountflags.MS_DIRSYNC | mountflags.MS_NODIRATIME
     )
 
 

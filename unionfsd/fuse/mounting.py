@@ -22,7 +22,7 @@ from typing import Final, NamedTuple
 
 from unionfsd import errors, syscalls
 from unionfsd.errors import UserError
-from unionfsd.options import MountConfig
+from unionfsd.options import MountConfig, mountflags
 from unionfsd.syscalls import MNT_DETACH, UMOUNT_NOFOLLOW, Fd
 
 log = logging.getLogger(__name__)
@@ -34,12 +34,12 @@ _UNMOUNT_HINT: Final = "unmount it first: fusermount3 -u, or umount -l"
 
 # What fusermount3 knows of mount flags; it adds nosuid and nodev itself.
 _FUSERMOUNT_FLAGS: Final = (
-    ("nosuid", syscalls.MS_NOSUID),
-    ("nodev", syscalls.MS_NODEV),
-    ("noexec", syscalls.MS_NOEXEC),
-    ("sync", syscalls.MS_SYNCHRONOUS),
-    ("noatime", syscalls.MS_NOATIME),
-    ("dirsync", syscalls.MS_DIRSYNC),
+    ("nosuid", mountflags.MS_NOSUID),
+    ("nodev", mountflags.MS_NODEV),
+    ("noexec", mountflags.MS_NOEXEC),
+    ("sync", mountflags.MS_SYNCHRONOUS),
+    ("noatime", mountflags.MS_NOATIME),
+    ("dirsync", mountflags.MS_DIRSYNC),
 )
 
 
@@ -226,7 +226,7 @@ def _mount_directly(config: MountConfig, path: bytes) -> Fd | None:
         why = f"cannot open {_DEVICE}: {errors.reason(error)}"
         raise _refused(path, why, "the kernel's fuse module is missing: modprobe fuse") from None
     # MS_POSIXACL makes the kernel leave the umask to us (fs/fuse/inode.c), also over pyfuse3, which cannot ask for it.
-    flags = config.mount_flags | syscalls.MS_POSIXACL | (syscalls.MS_RDONLY if config.read_only else 0)
+    flags = config.mount_flags | mountflags.MS_POSIXACL | (mountflags.MS_RDONLY if config.read_only else 0)
     data = mount_data(fd.fileno(), config, selinux=os.path.exists("/sys/fs/selinux/enforce"))
     try:
         syscalls.mount(config.fsname, os.fsdecode(path), f"fuse.{config.subtype}", flags, data)
@@ -284,7 +284,7 @@ def fusermount_options(config: MountConfig) -> str:
         known |= bit
         if config.mount_flags & bit:
             options.append(name)
-    if config.mount_flags & ~known & ~syscalls.MS_RELATIME:  # relatime is the kernel's default
+    if config.mount_flags & ~known & ~mountflags.MS_RELATIME:  # relatime is the kernel's default
         log.warning("strictatime and nodiratime ignored: %s does not know them", _FUSERMOUNT)
     return ",".join(options)
 

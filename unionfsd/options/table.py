@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Final
 
-from unionfsd import syscalls
 from unionfsd.options.effects import (
     AddLower,
     Anyway,
@@ -20,6 +19,17 @@ from unionfsd.options.effects import (
     SquashToRoot,
     Value,
     Word,
+)
+from unionfsd.options.mountflags import (
+    MS_DIRSYNC,
+    MS_NOATIME,
+    MS_NODEV,
+    MS_NODIRATIME,
+    MS_NOEXEC,
+    MS_NOSUID,
+    MS_RELATIME,
+    MS_STRICTATIME,
+    MS_SYNCHRONOUS,
 )
 from unionfsd.options.text import (
     one_of,
@@ -38,7 +48,7 @@ FOREVER: Final = 1e9
 """Seconds (31 years) that a kernel may cache what only this mount changes; what fuse-overlayfs gives, too."""
 
 
-_ATIME: Final = syscalls.MS_NOATIME | syscalls.MS_RELATIME | syscalls.MS_STRICTATIME
+_ATIME: Final = MS_NOATIME | MS_RELATIME | MS_STRICTATIME
 _IGNORED: Final = "Accepted, without effect."
 
 GROUPS: Final[tuple[tuple[str, tuple[Option, ...]], ...]] = (
@@ -178,26 +188,26 @@ GROUPS: Final[tuple[tuple[str, tuple[Option, ...]], ...]] = (
             ),
             Option(
                 "suid",
-                Flag(off=syscalls.MS_NOSUID),
+                Flag(off=MS_NOSUID),
                 "Honour set-user-id bits and file capabilities.",
                 default="for root",
             ),
-            Option("nosuid", Flag(on=syscalls.MS_NOSUID), "Do not honour them.", default="for ordinary users, always"),
-            Option("dev", Flag(off=syscalls.MS_NODEV), "Let device nodes work.", default="for root"),
-            Option("nodev", Flag(on=syscalls.MS_NODEV), "Device nodes are dead.", default="for ordinary users, always"),
-            Option("exec", Flag(off=syscalls.MS_NOEXEC), "Let programs run.", default="yes"),
-            Option("noexec", Flag(on=syscalls.MS_NOEXEC), "No programs run."),
-            Option("atime", Flag(off=syscalls.MS_NOATIME), "Keep access times as the layer's file system does."),
-            Option("noatime", Flag(on=syscalls.MS_NOATIME, off=_ATIME), "Keep no access times."),
-            Option("relatime", Flag(on=syscalls.MS_RELATIME, off=_ATIME), "Access times only after changes."),
-            Option("norelatime", Flag(off=syscalls.MS_RELATIME), "Undo `relatime`."),
-            Option("strictatime", Flag(on=syscalls.MS_STRICTATIME, off=_ATIME), "Access times at every access."),
-            Option("nostrictatime", Flag(off=syscalls.MS_STRICTATIME), "Undo `strictatime`."),
-            Option("diratime", Flag(off=syscalls.MS_NODIRATIME), "Access times of directories, too."),
-            Option("nodiratime", Flag(on=syscalls.MS_NODIRATIME), "No access times of directories."),
-            Option("sync", Flag(on=syscalls.MS_SYNCHRONOUS), "Every write reaches the disk before it returns."),
-            Option("async", Flag(off=syscalls.MS_SYNCHRONOUS), "Undo `sync`.", default="yes"),
-            Option("dirsync", Flag(on=syscalls.MS_DIRSYNC), "The same for changes of directories."),
+            Option("nosuid", Flag(on=MS_NOSUID), "Do not honour them.", default="for ordinary users, always"),
+            Option("dev", Flag(off=MS_NODEV), "Let device nodes work.", default="for root"),
+            Option("nodev", Flag(on=MS_NODEV), "Device nodes are dead.", default="for ordinary users, always"),
+            Option("exec", Flag(off=MS_NOEXEC), "Let programs run.", default="yes"),
+            Option("noexec", Flag(on=MS_NOEXEC), "No programs run."),
+            Option("atime", Flag(off=MS_NOATIME), "Keep access times as the layer's file system does."),
+            Option("noatime", Flag(on=MS_NOATIME, off=_ATIME), "Keep no access times."),
+            Option("relatime", Flag(on=MS_RELATIME, off=_ATIME), "Access times only after changes."),
+            Option("norelatime", Flag(off=MS_RELATIME), "Undo `relatime`."),
+            Option("strictatime", Flag(on=MS_STRICTATIME, off=_ATIME), "Access times at every access."),
+            Option("nostrictatime", Flag(off=MS_STRICTATIME), "Undo `strictatime`."),
+            Option("diratime", Flag(off=MS_NODIRATIME), "Access times of directories, too."),
+            Option("nodiratime", Flag(on=MS_NODIRATIME), "No access times of directories."),
+            Option("sync", Flag(on=MS_SYNCHRONOUS), "Every write reaches the disk before it returns."),
+            Option("async", Flag(off=MS_SYNCHRONOUS), "Undo `sync`.", default="yes"),
+            Option("dirsync", Flag(on=MS_DIRSYNC), "The same for changes of directories."),
             Option(
                 "context",
                 Security(),
