@@ -208,9 +208,12 @@ class Handles:
             if exc.errno not in _WOULD_BLOCK:
                 raise
             done = 0
-        if done == len(buffer) or (done and offset + done >= os.fstat(fd.fd).st_size):
+        if done == len(buffer):
             return done
-        rest: int = yield Blocking(partial(_read_all, fd, buffer[done:], offset + done))
+        left = os.fstat(fd.fd).st_size - offset  # so that no call is made to see that the end has come
+        if done >= left:
+            return done
+        rest: int = yield Blocking(partial(_read_all, fd, buffer[done:left], offset + done))
         return done + rest
 
     def read(self, node: Node, size: int, offset: int) -> Op[memoryview]:

@@ -255,7 +255,7 @@ class Channel:
         if not self._deferred:
             return self._alone.spin() or self._alone.sleep(milliseconds)
         workers, lingerer = self._workers, self._beside
-        if lingerer.spin():
+        if not workers.fresh and lingerer.spin():
             return True
         workers.sleeping = True
         woken = bool(workers.ready) or lingerer.sleep(milliseconds)

@@ -5,6 +5,7 @@ Rules of this file:
 - A thread runs the function of one `Blocking` step, which touches descriptors and immutable values, and nothing else.
 - Everything else here is the channel's thread's. What is due comes back through `ready`, which threads append to; the
   channel takes from it between two requests.
+- A channel that spins takes the interpreter from a thread again and again, so it sleeps while a step is `fresh`.
 - A sleeping channel is woken through `fd`, an eventfd; one that is awake looks at `ready` by itself. `sleeping` is set
   before the last look at `ready`, and a thread looks at it after it has appended, so no wake-up is lost.
 """
@@ -19,6 +20,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 if TYPE_CHECKING:
@@ -28,6 +30,10 @@ log = logging.getLogger(__name__)
 
 THREADS: Final = 16
 """Blocking steps at work at once, for one mount; the others queue."""
+
+
+_SOON: Final = 0.002
+"""Seconds in which most steps are over: a read from a disk, a sync of little."""
 
 
 class Due(NamedTuple):
@@ -45,6 +51,7 @@ class Workers:
         self.ready: deque[Due] = deque()
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.sleeping = False
+        self._latest = 0.0
         self._calls: queue.SimpleQueue[tuple[Deferred | None, Callable[[], Any]] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._at_work = 0
@@ -52,6 +59,7 @@ class Workers:
     def submit(self, deferred: Deferred, fn: Callable[[], Any]) -> None:
         """Have a thread call `fn`; `deferred` is then due with what it returned or raised."""
         self._at_work += 1
+        self._latest = monotonic()
         if self._at_work > len(self._threads) < THREADS:
             try:
                 self._start()
@@ -60,6 +68,11 @@ class Workers:
                     self.ready.append(Due(deferred, None, OSError(errno.EAGAIN, f"no thread: {exc}")))
                     return
         self._calls.put((deferred, fn))
+
+    @property
+    def fresh(self) -> bool:
+        """Whether a step is likely to be over soon."""
+        return monotonic() - self._latest < _SOON
 
     def call(self, fn: Callable[[], Any]) -> None:
         """Have a thread call `fn`, which raises nothing and which nobody waits for."""
