@@ -17,12 +17,12 @@ from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from . import format as fmt
-from . import projects, syscalls
+from . import incompat, projects, syscalls
 from .abilities import Abilities, probe
 from .errors import LAYER, UserError
 from .layers import LayerStack, exists, is_xattr_whiteout, optional_xattr
 from .options import MountConfig
-from .removal import names_in, own_names, remove_tree
+from .removal import names_in, open_or_make, own_names, remove_tree
 from .syscalls import Fd
 
 log = logging.getLogger(__name__)
@@ -402,17 +402,18 @@ def open_workdir(stack: LayerStack, config: MountConfig, *, sweep: bool = True) 
     try:
         _refuse_foreign(stack.work.fd, path)
         _refuse_other_mount(stack.work.fd, stack.upper.root.fd, path)
-        directory = _open_or_make(stack.work.fd, fmt.WORK)
+        directory = open_or_make(stack.work.fd, fmt.WORK)
         own_names(directory.fd)
         if sweep:
-            _sweep(directory.fd, path)
+            incompat.check(directory.fd, path, accept=config.accept_volatile)
+            _sweep(directory.fd)
         projects.match(directory.fd, stack.upper.root.fd)
         abilities = probe(directory.fd, config)
         _keep_uuid(stack.upper.root.fd, abilities.namespace, config)
     except OSError as exc:
         raise UserError(f"workdir {path}: {exc.strerror}", hint="the upper must be writable", code=LAYER) from exc
     if config.volatile:
-        _mark_volatile(directory.fd)
+        incompat.mark_volatile(directory.fd)
     return Workdir(directory, abilities, syncs=config.syncs)
 
 
@@ -462,32 +463,10 @@ def _mount_id(fd: int) -> bytes:
         return next(line for line in info if line.startswith(b"mnt_id:"))
 
 
-def _open_or_make(dirfd: int, name: bytes) -> Fd:
-    try:
-        syscalls.mkdir_at(dirfd, name, 0o700)
-    except FileExistsError:
-        pass
-    return syscalls.open_dir(dirfd, name)
-
-
-def _sweep(fd: int, path: str) -> None:
-    """Remove what a crash left staged; an upper that was volatile is refused (ovl.rst, "Volatile")."""
-    names = set(names_in(fd)) - {INTENT}
-    if fmt.INCOMPAT in names:
-        with syscalls.open_dir(fd, fmt.INCOMPAT) as incompat:
-            if names_in(incompat.fd):
-                raise UserError(
-                    f"workdir {path}: the last mount of this upper was volatile, and a crash may have damaged it",
-                    hint=f"check the upper, then remove {path}/work/incompat to accept it",
-                    code=LAYER,
-                )
-    for name in names:
+def _sweep(fd: int) -> None:
+    """Remove what a crash left staged."""
+    for name in set(names_in(fd)) - {INTENT}:
         remove_tree(fd, name)
-
-
-def _mark_volatile(fd: int) -> None:
-    with _open_or_make(fd, fmt.INCOMPAT) as incompat:
-        _open_or_make(incompat.fd, fmt.VOLATILE).close()
 
 
 def is_whiteout(dirfd: int, name: bytes, st: os.stat_result, *, xwhiteouts: bool) -> bool:
