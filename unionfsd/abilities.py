@@ -41,7 +41,7 @@ def probe(fd: int, config: MountConfig) -> Abilities:
     """Try everything in the work directory `fd`; what is missing, and nobody asked to do without, is warned of."""
     a, b = b"#probe-a", b"#probe-b"
     namespace = _probe_namespace(fd, a, config)
-    form = _probe_whiteout(fd, a, config, namespace)
+    form = _probe_whiteout(fd, b"#probe-w", config, namespace)
     exchange = _probe_rename(fd, a, b, syscalls.RENAME_EXCHANGE, both=True)
     noreplace = _probe_rename(fd, a, b, syscalls.RENAME_NOREPLACE)
     whiteout = form == "chardev" and _probe_rename(fd, a, b, syscalls.RENAME_WHITEOUT)
@@ -79,25 +79,26 @@ def _probe_namespace(fd: int, name: bytes, config: MountConfig) -> bytes | None:
 
 
 def _accepts(fd: int, namespace: bytes) -> bool:
+    """Whether a mark can be set and is there then: a union that has marks of its own may keep it to itself."""
+    name = namespace + fmt.OPAQUE
     try:
-        syscalls.setxattr(fd, namespace + fmt.OPAQUE, fmt.OPAQUE_YES)
+        syscalls.setxattr(fd, name, fmt.OPAQUE_YES)
+        return syscalls.getxattr(fd, name) == fmt.OPAQUE_YES
     except OSError as exc:
-        if exc.errno in _UNSUPPORTED:
+        if exc.errno in (*_UNSUPPORTED, errno.ENODATA):
             return False
         raise
-    return True
 
 
 def _probe_whiteout(fd: int, name: bytes, config: MountConfig, namespace: bytes | None) -> WhiteoutForm:
     if config.whiteout == "wh":
-        return "wh"
+        return _probe_wh(fd)
     if config.whiteout in ("auto", "chardev"):
         try:
-            syscalls.mknod_at(fd, name, stat.S_IFCHR, os.makedev(0, 0))
-            remove_tree(fd, name)
+            _make_device(fd, name)
             return "chardev"
         except OSError as exc:
-            if exc.errno not in _UNSUPPORTED:
+            if exc.errno not in (*_UNSUPPORTED, errno.ENOENT, errno.EEXIST):
                 raise
             if config.whiteout == "chardev":
                 raise _no_whiteouts("chardev", exc.strerror) from exc
@@ -105,7 +106,31 @@ def _probe_whiteout(fd: int, name: bytes, config: MountConfig, namespace: bytes 
         return "xattr"
     if config.whiteout == "xattr":
         raise _no_whiteouts("xattr", "it keeps no xattrs")
+    return _probe_wh(fd)
+
+
+def _probe_wh(fd: int) -> Literal["wh"]:
+    """UserError on a union to which such a file is a whiteout already: there deletions cannot be recorded at all."""
+    name = fmt.wh_name(b"#probe")
+    try:
+        syscalls.create_at(fd, name, 0o600).close()
+    except OSError as exc:
+        raise UserError(
+            f"upper cannot record deletions, not even as .wh. files: {exc.strerror}",
+            hint="is it on a union itself? put upperdir and workdir on a file system beneath that",
+            code=LAYER,
+        ) from exc
+    remove_tree(fd, name)
     return "wh"
+
+
+def _make_device(fd: int, name: bytes) -> None:
+    """Make a device node 0:0 and remove it. ENOENT, and EEXIST the next time, on a union to which it is a whiteout."""
+    syscalls.mknod_at(fd, name, stat.S_IFCHR, os.makedev(0, 0))
+    st = syscalls.stat_at(fd, name)
+    remove_tree(fd, name)
+    if not fmt.is_whiteout_device(st.st_mode, st.st_rdev):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
 
 def _no_whiteouts(form: str, why: str | None) -> UserError:

@@ -48,6 +48,7 @@ class SetAttr(NamedTuple):
     """What to change; None leaves a field. Times are ns since the epoch, or syscalls.UTIME_NOW.
 
     `writeback`: nobody asked; the kernel hands over the times that its writeback cache kept, also after an unlink.
+    `touch`: `mtime_ns` is the time at which it was asked for, which a kernel that keeps times sends itself.
     """
 
     mode: int | None = None
@@ -57,6 +58,7 @@ class SetAttr(NamedTuple):
     atime_ns: int | None = None
     mtime_ns: int | None = None
     writeback: bool = False
+    touch: bool = False
 
     @property
     def only_cuts(self) -> bool:
@@ -82,7 +84,8 @@ class SetAttr(NamedTuple):
     def touches(self) -> bool:
         """Whether it is no more than a change of times to now."""
         others = (self.mode, self.uid, self.gid, self.size)
-        return all(value is None for value in others) and {self.atime_ns, self.mtime_ns} <= {None, syscalls.UTIME_NOW}
+        mtime_ns = syscalls.UTIME_NOW if self.touch else self.mtime_ns
+        return all(value is None for value in others) and {self.atime_ns, mtime_ns} <= {None, syscalls.UTIME_NOW}
 
 
 class Elsewhere:
@@ -176,11 +179,12 @@ class Attributes:
         """Apply `change`; EROFS, and what the calls on the upper raise."""
         if change.writeback and self._is_kept(node, change):
             return self.get(node)
-        if self._guard is not None and not change.writeback:
+        if self._guard is not None and not (change.writeback and node.open is not None and node.open.untimed):
             self._guard.change(node, touch=change.touches)
         yield from self._to_upper(node, change.size)
         if change.mtime_ns is not None and node.open is not None:
             node.open.mtime_ns = change.mtime_ns
+            node.open.untimed = False
         if change.size is not None:
             fd = yield from self._handles.writable(node)
             syscalls.truncate(fd.fd, change.size)
@@ -237,11 +241,16 @@ class Attributes:
         return value if layer_of(self._resolver, node).idmapped else self._owners.show_xattr(name, value)
 
     def _check_name(self, name: bytes, number: int) -> None:
-        """EOPNOTSUPP for xattrs that the mount has not, ENOSYS if it has none, errno `number` for those of a layer."""
+        """EOPNOTSUPP for xattrs that the mount has not, ENOSYS if it has none, errno `number` for those of a layer.
+
+        EINVAL for a namespace without a name, as from VFS.
+        """
         if self._noxattrs:
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
         if self._noacl and name in fmt.ACLS:
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        if fmt.is_nameless(name):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         if fmt.is_forbidden(name):
             raise OSError(number, os.strerror(number))
 

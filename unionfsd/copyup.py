@@ -223,7 +223,7 @@ class CopyUp:
             check = self._check(*place)
             staged = self._work.stage_file(staging_mode(metadata, self.keeping))
             try:
-                protection.carry(own.fd, staged.fd.fd, self._work)
+                guarded = protection.carry(own.fd, staged.fd.fd, self._work)
                 indexed = self._record_leaf_origin(staged.fd.fd, lower, node)
                 yield from self._fill(
                     Filling(staged.fd, source, elsewhere, metadata, size, self.keeping, check), node, place
@@ -234,7 +234,7 @@ class CopyUp:
                 staged.abandon()
                 raise
             self._fds.admit(state, staged.fd)
-            state.writable = True
+            state.writable = not guarded  # whoever writes to what is protected is asked first
             self._counters.copy_ups += 1
         finally:
             state.gate = None

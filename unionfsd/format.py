@@ -201,6 +201,11 @@ def is_forbidden(name: bytes) -> bool:
     return name.startswith(_FOREIGN)
 
 
+def is_nameless(name: bytes) -> bool:
+    """Whether it is no more than a namespace of the format, in which nothing can be escaped."""
+    return name in _NAMESPACES
+
+
 def escape(name: bytes) -> bytes:
     """The name under which a layer keeps what users of the mount call `name` (ovl.rst, "Nesting overlayfs mounts")."""
     for namespace in _NAMESPACES:

@@ -68,7 +68,7 @@ class Handles:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         truncate = bool(flags & os.O_TRUNC)
         if truncate or flags & os.O_ACCMODE != os.O_RDONLY:
-            fd = yield from self.writable(node, 0 if truncate else None)
+            fd = yield from self.writable(node, 0 if truncate else None, anywhere=not flags & os.O_APPEND)
             if truncate:
                 syscalls.truncate(fd.fd, 0)
         else:
@@ -152,8 +152,11 @@ class Handles:
         self._fds.admit(state, fd)
         state.writable = writable
 
-    def writable(self, node: Node, size: int | None = None) -> Op[Fd]:
-        """The O_RDWR descriptor of a regular file, copied up first if need be: of its data only `size` bytes then."""
+    def writable(self, node: Node, size: int | None = None, *, anywhere: bool = False) -> Op[Fd]:
+        """The O_RDWR descriptor of a regular file, copied up first if need be: of its data only `size` bytes then.
+
+        EPERM for one that is immutable and, if it is to be cut or written `anywhere`, for one that is append-only.
+        """
         if self._copy_up is None:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         state = node.state()
@@ -162,6 +165,8 @@ class Handles:
             if guarded & IMMUTABLE:
                 raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
             state.append = bool(guarded & APPEND)
+        if state.append and (anywhere or size is not None):
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
         while True:
             if not node.entry.upper:
                 yield from self._copy_up.node(node, size)
@@ -252,6 +257,7 @@ class Handles:
         if not state.arriving:
             state.mtime_ns = os.fstat(fd.fd).st_mtime_ns
         state.arriving += 1
+        state.untimed = True
         try:
             return (yield from op)
         finally:

@@ -15,13 +15,14 @@ super.c):
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from . import format as fmt
-from . import syscalls
+from . import projects, syscalls
 from .errors import LAYER, UserError
 from .layers import Layer, LayerStack, exists, optional_xattr
 from .removal import remove_tree
@@ -162,9 +163,19 @@ class Index:
             if name in self._settled or names != lower_nlink:
                 self._work.mark(fd.fd, fmt.NLINK, fmt.encode_nlink(fmt.Nlink(True, names - lower_nlink)))
                 self._settled.discard(name)
-            syscalls.link_at(self.fd, name, dirfd, alias)
+            self._link(fd.fd, name, dirfd, alias)
             self._extra[name] -= 1
         self.settle(name)
+
+    def _link(self, fd: int, name: bytes, dirfd: int, alias: bytes) -> None:
+        """linkat(2). An object that was just made belongs to the project of the first directory it gets into."""
+        try:
+            syscalls.link_at(self.fd, name, dirfd, alias)
+        except OSError as exc:
+            project = projects.handed_on(dirfd) if exc.errno == errno.EXDEV and os.fstat(fd).st_nlink == 1 else None
+            if project is None or not projects.give(fd, project):
+                raise
+            syscalls.link_at(self.fd, name, dirfd, alias)
 
     def prepare(self) -> int:
         """See that there is an index, and that it says whose it is; returns its fd."""
@@ -178,6 +189,7 @@ class Index:
             except FileExistsError:
                 pass
             directory = syscalls.open_dir(self._stack.work.fd, fmt.INDEX)
+            projects.match(directory.fd, root)
             self._claim(directory.fd, fmt.UPPER, fmt.UPPER_NAMES, _handle(self._stack.upper, fmt.ORIGIN_OF_UPPER))
             self._directory = directory
         return self.fd

@@ -67,7 +67,8 @@ class OpenState(Holder):
     `append`: it may be written at its end only. `kept`: it has no name in the union any more, but one in work, by which
     a successor finds it. `orphan`: O_PATH fd of an upper object without a name that is not kept. `gate`: its copy-up is
     under way until it opens. `arriving`: writes from the kernel's cache that are under way; `mtime_ns`: what they must
-    not change. `checking`: its data is looked through until it opens; `sound`: the state it had then.
+    not change; `untimed`: some arrived, and not yet their time. `checking`: its data is looked through until it opens;
+    `sound`: the state it had then.
     """
 
     __slots__ = (
@@ -80,6 +81,7 @@ class OpenState(Holder):
         "opens",
         "orphan",
         "sound",
+        "untimed",
         "writable",
     )
 
@@ -95,6 +97,7 @@ class OpenState(Holder):
         self.sound: tuple[int, int, int] | None = None
         self.arriving = 0
         self.mtime_ns = 0
+        self.untimed = False
 
     def drop(self) -> None:
         super().drop()

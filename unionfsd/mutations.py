@@ -272,9 +272,7 @@ class Mutations:
             if exc.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             # It holds whiteouts: out of sight in one call, and emptied there.
-            staged = self._work.fresh_name()
-            syscalls.renameat2(place.dirfd, place.name, self._work.fd, staged)
-            self._work.discard(staged)
+            self._work.take_away(place.dirfd, place.name)
 
     # Second names.
 
@@ -287,7 +285,7 @@ class Mutations:
         place = self._places.new(parent, name)
         with self._resolver.open_object(node) as fd:
             st = os.fstat(fd.fd)
-            staged = Staged(self._work, fd, None)
+            staged = Staged(self._work, fd, None, made=node.unlinked)
             try:
                 if node.parent is not None and not node.unlinked:
                     self._places.redirect_data(fd, Place(node.parent, -1, node.name), None)

@@ -32,14 +32,18 @@ _XFLAGS: Final = {IMMUTABLE: 0x08, APPEND: 0x10}
 _INT: Final = struct.Struct("=I")
 
 
-def carry(source: int, target: int, work: Workdir) -> None:
-    """Give the staged object `target` the flags of the lower one `source`, both readable. EPERM where it cannot."""
+def carry(source: int, target: int, work: Workdir) -> bool:
+    """Give the staged object `target` the flags of the lower one `source`, both readable. EPERM where it cannot.
+
+    Returns whether they protect it.
+    """
     flags = _flags(source)
     if flags & PROTECTED:
         _mark(target, flags, work)
     if flags & _CARRIED:
         own = _flags(target)
         syscalls.flag_ioctl(target, syscalls.FS_IOC_SETFLAGS, _INT.pack(own | flags & _CARRIED))
+    return bool(flags & PROTECTED)
 
 
 def carry_object(source: int, target: int, work: Workdir) -> None:

@@ -1,4 +1,4 @@
-"""Removing what is ours, whatever it is."""
+"""What is ours: making it, listing it, and removing it, whatever it is."""
 
 from __future__ import annotations
 
@@ -6,6 +6,16 @@ import os
 import stat
 
 from . import syscalls
+from .syscalls import Fd
+
+
+def open_or_make(dirfd: int, name: bytes) -> Fd:
+    """A directory of our own, O_PATH; made if there is none."""
+    try:
+        syscalls.mkdir_at(dirfd, name, 0o700)
+    except FileExistsError:
+        pass
+    return syscalls.open_dir(dirfd, name)
 
 
 def remove_tree(dirfd: int, name: bytes) -> None:

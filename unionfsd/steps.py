@@ -29,6 +29,12 @@ class Blocking:
         self.fn = fn
 
 
+class Calling(Blocking):
+    """One of which `fn` asks the kernel for what it may do only after requests of its own, which need other threads."""
+
+    __slots__ = ()
+
+
 class Gate:
     """A one-shot barrier: closed when made, opened once, for good."""
 

@@ -14,15 +14,15 @@ import logging
 import os
 import stat
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 from . import format as fmt
-from . import syscalls
+from . import incompat, projects, syscalls
 from .abilities import Abilities, probe
 from .errors import LAYER, UserError
 from .layers import LayerStack, exists, is_xattr_whiteout, optional_xattr
 from .options import MountConfig
-from .removal import names_in, own_names, remove_tree
+from .removal import names_in, open_or_make, own_names, remove_tree
 from .syscalls import Fd
 
 log = logging.getLogger(__name__)
@@ -36,42 +36,91 @@ _KEPT: Final = b"#o"
 _OURS: Final = {fmt.WORK, fmt.INDEX, fmt.EXPORTS, fmt.EXPORTS_STAGED}
 
 
+class Room(NamedTuple):
+    """Where in work something is staged: the number of that directory's fd, and the project that it hands on."""
+
+    fd: int
+    project: int
+
+
 class Staged:
     """An object that is not in the upper yet: `fd` refers to it, `name` is its name in work, None for an O_TMPFILE.
 
-    One of the `publish` methods makes it visible; `abandon` takes it away. After either it is spent.
+    One of the `publish` methods makes it visible; `abandon` takes it away. After either it is spent. What is `made`
+    belongs to the project of the directory it gets into; what was there already does not change hands (EXDEV).
     """
 
-    __slots__ = ("_work", "fd", "name")
+    __slots__ = ("_made", "_room", "_work", "fd", "name")
 
-    def __init__(self, work: Workdir, fd: Fd, name: bytes | None) -> None:
+    def __init__(self, work: Workdir, fd: Fd, name: bytes | None, *, made: bool = True) -> None:
         self._work = work
+        self._room = work.fd
+        self._made = made
         self.fd = fd
         self.name = name
 
     def publish(self, dirfd: int, name: bytes) -> None:
         """Make it `name` in the directory `dirfd`, where nothing has that name; EEXIST otherwise."""
+        try:
+            self._publish(dirfd, name)
+        except OSError as exc:
+            if not self._changes_hands(exc, dirfd):
+                raise
+            self._publish(dirfd, name)
+
+    def _publish(self, dirfd: int, name: bytes) -> None:
         if self.name is None:
             syscalls.link_fd(self.fd.fd, dirfd, name)
         else:
-            self._work.rename_out(self.name, dirfd, name)
+            self._work.rename_out(self._room, self.name, dirfd, name)
             self.name = None
 
     def publish_over(self, dirfd: int, name: bytes) -> None:
         """Make it `name` in `dirfd` in place of the whiteout or the non-directory that is there."""
+        try:
+            self._publish_over(dirfd, name)
+        except OSError as exc:
+            if not self._changes_hands(exc, dirfd):
+                raise
+            self._publish_over(dirfd, name)
+
+    def _publish_over(self, dirfd: int, name: bytes) -> None:
         if stat.S_ISDIR(os.fstat(self.fd.fd).st_mode):
             self._work.require_exchange()
             staged = self._named()
-            syscalls.renameat2(self._work.fd, staged, dirfd, name, syscalls.RENAME_EXCHANGE)
+            syscalls.renameat2(self._room, staged, dirfd, name, syscalls.RENAME_EXCHANGE)
             self.abandon()
         else:
-            syscalls.renameat2(self._work.fd, self._named(), dirfd, name)
+            syscalls.renameat2(self._room, self._named(), dirfd, name)
             self.name = None
+
+    def _changes_hands(self, exc: OSError, dirfd: int) -> bool:
+        """Whether it could not be published because of its project, and can now: it is of that of `dirfd`."""
+        room = self._work.room(dirfd) if self._made and exc.errno == errno.EXDEV else None
+        if room is None or room.fd == self._room:
+            return False
+        name = None if self.name is None else self._work.fresh_name()
+        if projects.give(self.fd.fd, room.project):
+            if name is not None:
+                syscalls.renameat2(self._room, self._named(), room.fd, name)
+        elif name is None:
+            return False
+        else:
+            try:
+                again = projects.make_again(self.fd.fd, room.fd, name)
+            except BaseException:
+                self._work.discard(name, room.fd)
+                raise
+            self.abandon()
+            self.fd.close()
+            self.fd = again
+        self.name, self._room = name, room.fd
+        return True
 
     def _named(self) -> bytes:
         if self.name is None:
             name = self._work.fresh_name()
-            syscalls.link_fd(self.fd.fd, self._work.fd, name)
+            syscalls.link_fd(self.fd.fd, self._room, name)
             self.name = name
         return self.name
 
@@ -79,7 +128,7 @@ class Staged:
         """Remove what stands under its name in work: itself, or what it was exchanged with."""
         name, self.name = self.name, None
         if name is not None:
-            self._work.discard(name)
+            self._work.discard(name, self._room)
 
 
 class Workdir:
@@ -93,6 +142,7 @@ class Workdir:
         self.litter = 0
         self._counter = 0
         self._whiteout: bytes | None = None
+        self._rooms: dict[int, Fd] = {}
         self._kept: set[bytes] = set()
 
     def fresh_name(self) -> bytes:
@@ -153,15 +203,31 @@ class Workdir:
             self.discard(name)
             raise
 
-    def rename_out(self, staged: bytes, dirfd: int, name: bytes) -> None:
-        """Make the staged object `name` in `dirfd`; EEXIST when anything has that name."""
+    def rename_out(self, room: int, staged: bytes, dirfd: int, name: bytes) -> None:
+        """Make the object `staged` in the directory `room` of work `name` in `dirfd`; EEXIST when that is taken."""
         if self.abilities.noreplace:
-            syscalls.renameat2(self.fd, staged, dirfd, name, syscalls.RENAME_NOREPLACE)
+            syscalls.renameat2(room, staged, dirfd, name, syscalls.RENAME_NOREPLACE)
             return
         # Nobody else changes the upper, so looking first is as good.
         if exists(dirfd, name):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fsdecode(name))
-        syscalls.renameat2(self.fd, staged, dirfd, name)
+        syscalls.renameat2(room, staged, dirfd, name)
+
+    def room(self, dirfd: int) -> Room | None:
+        """Where to stage what is of the project that `dirfd` of the upper hands on; None where that is nowhere."""
+        number = projects.handed_on(dirfd)
+        if number is None:
+            return None
+        if number not in self._rooms:
+            name = _room_name(number)
+            syscalls.mkdir_at(self.fd, name, 0o700)
+            directory = syscalls.open_dir(self.fd, name)
+            if not projects.give(directory.fd, number):
+                directory.close()
+                self.discard(name)
+                return None
+            self._rooms[number] = directory
+        return Room(self._rooms[number].fd, number)
 
     def require_exchange(self) -> None:
         """EXDEV where the upper has no RENAME_EXCHANGE, before anything is tried that needs it."""
@@ -170,53 +236,69 @@ class Workdir:
 
     # Whiteouts that are entries of their own (forms chardev and xattr).
 
-    def stage_whiteout(self) -> bytes:
-        """Name in work of a whiteout that may be renamed out."""
-        name = self.fresh_name()
-        self.place_whiteout(self.fd, name)
-        return name
-
     def replace_by_whiteout(self, dirfd: int, name: bytes, *, directory: bool) -> None:
         """Put a whiteout in the place of the object `name`, in one call; a `directory` is then emptied out of sight."""
         if directory:
             self.require_exchange()
-        staged = self.stage_whiteout()
-        try:
-            syscalls.renameat2(self.fd, staged, dirfd, name, syscalls.RENAME_EXCHANGE if directory else 0)
-        except BaseException:
-            self.discard(staged)
-            raise
+        room, staged = self._put_whiteout(dirfd, name, syscalls.RENAME_EXCHANGE if directory else 0)
         if directory:
-            self.discard(staged)
+            self.discard(staged, room)
 
     def place_whiteout(self, dirfd: int, name: bytes) -> None:
         """Make `name`, which nothing has, a whiteout in one call: a link of a shared one, as the kernel does."""
+        if not self._link_whiteout(dirfd, name):
+            self._put_whiteout(dirfd, name, 0)
+
+    def _link_whiteout(self, dirfd: int, name: bytes) -> bool:
         for _ in range(2):
             try:
                 syscalls.link_at(self.fd, self._shared_whiteout(), dirfd, name)
-                return
+                return True
             except OSError as exc:
+                if exc.errno == errno.EXDEV:
+                    return False  # of another project
                 # A full link count, or a file system without hard links: a whiteout of its own.
                 if exc.errno not in (errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP):
                     raise
                 self._retire_whiteout()
-        syscalls.renameat2(self.fd, self._make_whiteout(), dirfd, name)
+        return False
+
+    def _put_whiteout(self, dirfd: int, name: bytes, flags: int) -> tuple[int, bytes]:
+        """Rename a whiteout to `name`; returns where it was staged."""
+        try:
+            return self._rename_whiteout(self.fd, dirfd, name, flags)
+        except OSError as exc:
+            room = self.room(dirfd) if exc.errno == errno.EXDEV else None
+            if room is None:
+                raise
+        return self._rename_whiteout(room.fd, dirfd, name, flags)
+
+    def _rename_whiteout(self, room: int, dirfd: int, name: bytes, flags: int) -> tuple[int, bytes]:
+        staged = self.fresh_name()
+        if room != self.fd or not self._link_whiteout(room, staged):
+            staged = self._make_whiteout(room)
+        try:
+            syscalls.renameat2(room, staged, dirfd, name, flags)
+        except BaseException:
+            self.discard(staged, room)
+            raise
+        return room, staged
 
     def _shared_whiteout(self) -> bytes:
         if self._whiteout is None:
-            self._whiteout = self._make_whiteout()
+            self._whiteout = self._make_whiteout(self.fd)
         return self._whiteout
 
-    def _make_whiteout(self) -> bytes:
+    def _make_whiteout(self, room: int) -> bytes:
         name = self.fresh_name()
         if self.abilities.whiteout == "chardev":
-            syscalls.mknod_at(self.fd, name, stat.S_IFCHR, os.makedev(0, 0))
+            syscalls.mknod_at(room, name, stat.S_IFCHR, os.makedev(0, 0))
             return name
-        with syscalls.create_at(self.fd, name, 0o600) as fd:
+        with syscalls.create_at(room, name, 0o600) as fd:
             try:
                 self.mark(fd.fd, fmt.WHITEOUT, fmt.OPAQUE_YES)
             except BaseException:
-                self.discard(name)
+                self.discard(name, room)
                 raise
         return name
 
@@ -272,10 +354,23 @@ class Workdir:
 
     # Cleaning.
 
-    def discard(self, name: bytes) -> None:
-        """Remove `name` from work, whatever it is. Best effort: what stays is counted and swept at the next mount."""
+    def take_away(self, dirfd: int, name: bytes) -> None:
+        """Remove the directory `name` of the upper, which the union shows empty, with what it holds: in one call."""
+        room, staged = self.fd, self.fresh_name()
         try:
-            remove_tree(self.fd, name)
+            syscalls.renameat2(dirfd, name, room, staged)
+        except OSError as exc:
+            own = self.room(dirfd) if exc.errno == errno.EXDEV else None
+            if own is None:
+                raise
+            room = own.fd
+            syscalls.renameat2(dirfd, name, room, staged)
+        self.discard(staged, room)
+
+    def discard(self, name: bytes, room: int | None = None) -> None:
+        """Remove `name` from work, or a `room` there. Best effort: what stays is counted, the next mount sweeps it."""
+        try:
+            remove_tree(self.fd if room is None else room, name)
         except FileNotFoundError:
             pass
         except OSError as exc:
@@ -288,6 +383,10 @@ class Workdir:
         for name in self._kept:
             self.discard(name)
         self._kept.clear()
+        for number, directory in self._rooms.items():
+            directory.close()
+            self.discard(_room_name(number))
+        self._rooms.clear()
         self._directory.close()
 
 
@@ -303,17 +402,24 @@ def open_workdir(stack: LayerStack, config: MountConfig, *, sweep: bool = True) 
     try:
         _refuse_foreign(stack.work.fd, path)
         _refuse_other_mount(stack.work.fd, stack.upper.root.fd, path)
-        directory = _open_or_make(stack.work.fd, fmt.WORK)
+        directory = open_or_make(stack.work.fd, fmt.WORK)
         own_names(directory.fd)
         if sweep:
-            _sweep(directory.fd, path)
+            incompat.check(directory.fd, path, accept=config.accept_volatile)
+            _sweep(directory.fd)
+        projects.match(directory.fd, stack.upper.root.fd)
         abilities = probe(directory.fd, config)
         _keep_uuid(stack.upper.root.fd, abilities.namespace, config)
     except OSError as exc:
         raise UserError(f"workdir {path}: {exc.strerror}", hint="the upper must be writable", code=LAYER) from exc
     if config.volatile:
-        _mark_volatile(directory.fd)
+        incompat.mark_volatile(directory.fd)
     return Workdir(directory, abilities, syncs=config.syncs)
+
+
+def _room_name(project: int) -> bytes:
+    """The name in work of the directory for what is of that project."""
+    return b"#p%x" % project
 
 
 def kept_name(nodeid: int) -> bytes:
@@ -357,32 +463,10 @@ def _mount_id(fd: int) -> bytes:
         return next(line for line in info if line.startswith(b"mnt_id:"))
 
 
-def _open_or_make(dirfd: int, name: bytes) -> Fd:
-    try:
-        syscalls.mkdir_at(dirfd, name, 0o700)
-    except FileExistsError:
-        pass
-    return syscalls.open_dir(dirfd, name)
-
-
-def _sweep(fd: int, path: str) -> None:
-    """Remove what a crash left staged; an upper that was volatile is refused (ovl.rst, "Volatile")."""
-    names = set(names_in(fd)) - {INTENT}
-    if fmt.INCOMPAT in names:
-        with syscalls.open_dir(fd, fmt.INCOMPAT) as incompat:
-            if names_in(incompat.fd):
-                raise UserError(
-                    f"workdir {path}: the last mount of this upper was volatile, and a crash may have damaged it",
-                    hint=f"check the upper, then remove {path}/work/incompat to accept it",
-                    code=LAYER,
-                )
-    for name in names:
+def _sweep(fd: int) -> None:
+    """Remove what a crash left staged."""
+    for name in set(names_in(fd)) - {INTENT}:
         remove_tree(fd, name)
-
-
-def _mark_volatile(fd: int) -> None:
-    with _open_or_make(fd, fmt.INCOMPAT) as incompat:
-        _open_or_make(incompat.fd, fmt.VOLATILE).close()
 
 
 def is_whiteout(dirfd: int, name: bytes, st: os.stat_result, *, xwhiteouts: bool) -> bool:

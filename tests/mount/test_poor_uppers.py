@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import PROJECT, Layers, LogPolicy, Mode, MountFactory, run, wait_for
+from tests.harness import PROJECT, FuseOverlayFS, Layers, LogPolicy, Mode, MountFactory, run, wait_for
 from tests.trees import errno_of
 
 # The union of an empty lower and a directory, with names that are not its own business.
@@ -210,3 +210,22 @@ def test_what_it_lacks_and_nothing_more_is_lost(
     union.remount()
     assert content(union.path) == content(plain)
     union.unmount()
+
+
+def test_an_upper_that_cannot_record_deletions_is_refused(disk: Path) -> None:
+    """On fuse-overlayfs every form of a whiteout is its own already."""
+    for name in ("below", "union"):
+        (disk / name).mkdir()
+    with FuseOverlayFS(Layers(disk / "below")) as below:
+        layers = Layers(disk / "union", upper_root=below.path)
+        for _ in range(2):
+            refused = subprocess.run(
+                [sys.executable, "-m", "unionfsd", "-o", layers.options(), str(layers.mnt)],
+                capture_output=True,
+                text=True,
+                check=False,
+                cwd=PROJECT,
+            )
+            assert refused.returncode == 3
+            assert "cannot record deletions" in refused.stderr
+            assert "beneath that" in refused.stderr

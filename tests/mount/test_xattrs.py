@@ -109,3 +109,15 @@ def test_file_capabilities_are_kept(layers: Layers, mounted: MountFactory) -> No
     os.setxattr(mount / "x", CAPABILITY, capability(12))
     mount.remount()
     assert os.getxattr(mount / "x", CAPABILITY) == capability(12)
+
+
+@pytest.mark.privileged
+def test_a_namespace_of_the_format_is_no_name(layers: Layers, mounted: MountFactory) -> None:
+    (layers.lower / "x").touch()
+    path = mounted() / "x"
+    for name in ("trusted.overlay.", "user.overlay."):
+        assert errno_of(os.setxattr, path, name, b"1") == "EINVAL"
+        assert errno_of(os.getxattr, path, name) == "EINVAL"
+        assert errno_of(os.removexattr, path, name) == "EINVAL"
+    os.setxattr(path, "trusted.overlay", b"1")
+    assert os.listxattr(path) == ["trusted.overlay"]

@@ -18,7 +18,7 @@ UNSHARE: Final = ("unshare", "--mount", "--propagation=private", "--pid", "--for
 PROLOGUE: Final = f"""\
 set -e
 mount --make-rprivate /
-findmnt --noheadings --list --output TARGET | grep '^{DISK}/unionfsd-' | xargs --no-run-if-empty umount --lazy || :
+findmnt -nlo TARGET | grep -E '^({DISK}|/dev/shm)/unionfsd-' | xargs --no-run-if-empty umount --lazy || :
 mount --make-rshared /
 ! mountpoint -q /sys/fs/cgroup/unified || umount /sys/fs/cgroup/unified
 """

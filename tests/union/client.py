@@ -364,9 +364,9 @@ class Client:
             raise fail(errno.ENXIO)
         return dentry
 
-    def write(self, path: Path, data: bytes, offset: int) -> int:
+    def write(self, path: Path, data: bytes, offset: int, flags: int = os.O_WRONLY) -> int:
         dentry = self._regular(path)
-        steps.run(self.union.open(dentry.nodeid, os.O_WRONLY))
+        steps.run(self.union.open(dentry.nodeid, flags))
         try:
             return steps.run(self.union.write(dentry.nodeid, data, offset))
         finally:
@@ -374,7 +374,7 @@ class Client:
 
     def append(self, path: Path, data: bytes) -> int:
         dentry = self._regular(path)
-        return self.write(path, data, self.union.getattr(dentry.nodeid).st.st_size)
+        return self.write(path, data, self.union.getattr(dentry.nodeid).st.st_size, os.O_WRONLY | os.O_APPEND)
 
     def read(self, path: Path, size: int, offset: int) -> bytes:
         dentry = self._regular(path)

@@ -267,6 +267,24 @@ def test_a_volatile_upper_can_be_accepted(layers: Layers) -> None:
         assert work.litter == []
 
 
+def test_a_volatile_upper_can_be_accepted_by_an_option(layers: Layers) -> None:
+    with opened(layers, volatile=True):
+        pass
+    with opened(layers, accept_volatile=True) as work:
+        assert work.litter == []
+    with opened(layers):
+        pass
+    for _ in range(2):
+        with opened(layers, volatile=True, accept_volatile=True) as work:
+            assert os.listdir(work.inside / "incompat") == ["volatile"]
+
+
+def test_what_a_later_version_needs_is_refused(layers: Layers) -> None:
+    (layers.work / "work/incompat/casefold").mkdir(parents=True)
+    refuse(layers, "casefold")
+    refuse(layers, "casefold", accept_volatile=True)
+
+
 # Staging.
 
 STAGING: dict[str, tuple[Callable[[Workdir], Staged], int]] = {

@@ -383,7 +383,7 @@ class Channel:
         if isinstance(step, Gate):
             step.on_open(partial(self._workers.due, deferred))
         else:
-            self._workers.submit(deferred, step.fn)
+            self._workers.submit(deferred, step)
 
     def _go_on(self) -> None:
         """Take the operation that is due first to its next step, or to its end and answer its request."""

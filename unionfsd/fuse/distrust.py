@@ -27,23 +27,29 @@ class Distrust:
         self._workers = workers
         self.dropping: set[int] = set()
         """The nodes it is at."""
+        self._wanted: set[int] = set()
 
     def drop(self, nodeid: int) -> None:
-        """Begin to; once at a time for a node."""
+        """Begin to; once at a time for a node, and once more if that had begun before."""
+        self._wanted.add(nodeid)
         if nodeid in self.dropping:
             return
         try:
             place = self._union.place(nodeid)
         except OSError:
+            self._wanted.discard(nodeid)
             return  # forgotten, and with it what was kept
         self.dropping.add(nodeid)
         self._workers.call(partial(self._drop_now, nodeid, place))
 
     def _drop_now(self, nodeid: int, place: tuple[int, bytes] | None) -> None:
-        try:
-            notify.drop(self._fd, nodeid, place)
-        except OSError as exc:
-            if exc.errno not in _GONE:
-                log.warning("what a file no longer holds may be seen until it is no longer cached: %s", exc)
-        finally:
-            self.dropping.discard(nodeid)
+        while nodeid in self._wanted:
+            self._wanted.discard(nodeid)
+            self.dropping.add(nodeid)
+            try:
+                notify.drop(self._fd, nodeid, place)
+            except OSError as exc:
+                if exc.errno not in _GONE:
+                    log.warning("what a file no longer holds may be seen until it is no longer cached: %s", exc)
+            finally:
+                self.dropping.discard(nodeid)

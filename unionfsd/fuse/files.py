@@ -18,7 +18,8 @@ from unionfsd.fuse import abi, wire
 from unionfsd.fuse.abi import Opcode
 from unionfsd.fuse.exchange import Exchange, Handler, Payload, nothing
 from unionfsd.fuse.names import killed
-from unionfsd.steps import Blocking
+from unionfsd.steps import Blocking, Calling
+from unionfsd.syscalls import FLAG_CHANGES
 from unionfsd.union import SetAttr
 
 if TYPE_CHECKING:
@@ -210,7 +211,10 @@ class Files:
         _, _, command, _, size, _ = wire.IOCTL_IN.unpack_from(exchange.buf, _BODY)
         if size != end - _ARGUMENT:
             raise wire.WireError(f"IOCTL of {size} bytes holds {end - _ARGUMENT}")
-        return exchange.start(self._union.ioctl(nodeid, command, exchange.buf[_ARGUMENT:end]), _ioctl_out)
+        op = self._union.ioctl(nodeid, command, exchange.buf[_ARGUMENT:end])
+        if self.flush is not None and command in FLAG_CHANGES:
+            op = _flushed(op, partial(self.flush, nodeid))
+        return exchange.start(op, _ioctl_out)
 
 
 def _wait_for_space(dropping: Set[int], nodes: Set[int]) -> None:
@@ -229,9 +233,12 @@ _COPY_MAX: Final = 0x7FFFF000
 """Bytes that one copy_file_range moves at most (MAX_RW_COUNT): the reply of 7.28 has 32 bits for it."""
 
 
-def _flushed(op: Op[int], flush: Callable[[], None]) -> Op[int]:
-    """`op` needs to see all data. The kernel asks it without handing over what it keeps: cp(1) would copy holes."""
-    yield Blocking(flush)
+def _flushed(op: Op[T], flush: Callable[[], None]) -> Op[T]:
+    """`op` needs all data to be there. The kernel asks it without handing over what it keeps.
+
+    cp(1) would copy holes, and chattr(1) forbid what was written before.
+    """
+    yield Calling(flush)
     return (yield from op)
 
 

@@ -243,7 +243,7 @@ def _told_anew(op: Op[Attr], drop: Callable[[], None]) -> Op[Attr]:
 
 def _wanted(body: tuple[int, ...], mode: int | None) -> SetAttr:
     """What a SETATTR_IN asks for. FATTR_CTIME, which comes with the writeback cache, is the file system's to keep."""
-    valid, _, size, _, atime, mtime, _, atimensec, mtimensec, _, _, uid, gid = body
+    valid, _, size, _, atime, mtime, ctime, atimensec, mtimensec, ctimensec, _, uid, gid = body
     return SetAttr(
         mode=mode,
         uid=uid if valid & abi.FATTR_UID else None,
@@ -252,6 +252,7 @@ def _wanted(body: tuple[int, ...], mode: int | None) -> SetAttr:
         atime_ns=_time(valid, abi.FATTR_ATIME, abi.FATTR_ATIME_NOW, atime * _NS + atimensec),
         mtime_ns=_time(valid, abi.FATTR_MTIME, abi.FATTR_MTIME_NOW, mtime * _NS + mtimensec),
         writeback=valid & _CHANGES == _FLUSHED,
+        touch=bool(valid & abi.FATTR_CTIME) and (mtime, mtimensec) == (ctime, ctimensec),
     )
 
 

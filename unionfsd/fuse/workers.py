@@ -3,6 +3,8 @@
 Rules of this file:
 
 - A thread runs the function of one `Blocking` step, which touches descriptors and immutable values, and nothing else.
+- What asks the kernel for something (`Calling`) may come back only after requests of the kernel's were answered, and
+  those may need threads: it has threads of its own, as many as it takes.
 - Everything else here is the channel's thread's. What is due comes back through `ready`, which threads append to; the
   channel takes from it between two requests.
 - A channel that spins takes the interpreter from a thread again and again, so it sleeps while a step is `fresh`.
@@ -23,15 +25,16 @@ from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from unionfsd.steps import Calling
+
 if TYPE_CHECKING:
     from unionfsd.fuse.exchange import Deferred
+    from unionfsd.steps import Blocking
 
 log = logging.getLogger(__name__)
 
 THREADS: Final = 16
 """Blocking steps at work at once, for one mount; the others queue."""
-
-
 _SOON: Final = 0.002
 """Seconds in which most steps are over: a read from a disk, a sync of little."""
 
@@ -52,22 +55,22 @@ class Workers:
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.sleeping = False
         self._latest = 0.0
-        self._calls: queue.SimpleQueue[tuple[Deferred | None, Callable[[], Any]] | None] = queue.SimpleQueue()
-        self._threads: list[threading.Thread] = []
+        self._steps = _Pool(self._back)
+        self._calls = _Pool(self._back)
         self._at_work = 0
 
-    def submit(self, deferred: Deferred, fn: Callable[[], Any]) -> None:
-        """Have a thread call `fn`; `deferred` is then due with what it returned or raised."""
+    def submit(self, deferred: Deferred, step: Blocking) -> None:
+        """Have a thread do `step`; `deferred` is then due with what it returned or raised."""
         self._at_work += 1
         self._latest = monotonic()
-        if self._at_work > len(self._threads) < THREADS:
-            try:
-                self._start()
-            except RuntimeError as exc:  # no more threads for us; those there are come round to it
-                if not self._threads:
-                    self.ready.append(Due(deferred, None, OSError(errno.EAGAIN, f"no thread: {exc}")))
-                    return
-        self._calls.put((deferred, fn))
+        if isinstance(step, Calling):
+            pool, wanted = self._calls, not self._calls.idle.acquire(blocking=False)
+        else:
+            pool, wanted = self._steps, self._at_work > len(self._steps.threads) < THREADS
+        try:
+            pool.put((deferred, step.fn), more=wanted)
+        except RuntimeError as exc:
+            self.ready.append(Due(deferred, None, OSError(errno.EAGAIN, f"no thread: {exc}")))
 
     @property
     def fresh(self) -> bool:
@@ -75,14 +78,11 @@ class Workers:
         return monotonic() - self._latest < _SOON
 
     def call(self, fn: Callable[[], Any]) -> None:
-        """Have a thread call `fn`, which raises nothing and which nobody waits for."""
-        if not self._threads:
-            try:
-                self._start()
-            except RuntimeError as exc:
-                log.warning("no thread: %s", exc)
-                return
-        self._calls.put((None, fn))
+        """Have a thread ask the kernel for something by `fn`, which raises nothing and which nobody waits for."""
+        try:
+            self._calls.put((None, fn), more=not self._calls.idle.acquire(blocking=False))
+        except RuntimeError as exc:
+            log.warning("no thread: %s", exc)
 
     def due(self, deferred: Deferred) -> None:
         """`deferred` waits no longer. From the channel's thread, in the midst of another operation perhaps."""
@@ -102,16 +102,46 @@ class Workers:
 
     def close(self) -> None:
         """End the threads. Nothing may be under way."""
-        for _ in self._threads:
-            self._calls.put(None)
-        for thread in self._threads:
-            thread.join()
+        self._steps.close()
+        self._calls.close()
         os.close(self.fd)
+
+    def _back(self, due: Due) -> None:
+        self.ready.append(due)
+        if self.sleeping:
+            self.sleeping = False
+            os.eventfd_write(self.fd, 1)
+
+
+class _Pool:
+    """Threads that do one kind of work. `idle`: how many wait for some, less those for whom there is some already."""
+
+    def __init__(self, back: Callable[[Due], None]) -> None:
+        self.threads: list[threading.Thread] = []
+        self.idle = threading.Semaphore(0)
+        self._back = back
+        self._calls: queue.SimpleQueue[tuple[Deferred | None, Callable[[], Any]] | None] = queue.SimpleQueue()
+
+    def put(self, call: tuple[Deferred | None, Callable[[], Any]], *, more: bool) -> None:
+        """Have it done, by one thread `more` if that can be; RuntimeError where there is none at all."""
+        if more:
+            try:
+                self._start()
+            except RuntimeError:  # no more threads for us; those there are come round to it
+                if not self.threads:
+                    raise
+        self._calls.put(call)
+
+    def close(self) -> None:
+        for _ in self.threads:
+            self._calls.put(None)
+        for thread in self.threads:
+            thread.join()
 
     def _start(self) -> None:
         thread = threading.Thread(target=self._work, name="unionfsd step", daemon=True)
         thread.start()
-        self._threads.append(thread)
+        self.threads.append(thread)
 
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
@@ -121,12 +151,7 @@ class Workers:
             else:
                 self._back(_done(deferred, fn))
             del call, deferred, fn  # not kept alive until the next call
-
-    def _back(self, due: Due) -> None:
-        self.ready.append(due)
-        if self.sleeping:
-            self.sleeping = False
-            os.eventfd_write(self.fd, 1)
+            self.idle.release()
 
 
 def _done(deferred: Deferred, fn: Callable[[], Any]) -> Due:

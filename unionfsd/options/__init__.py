@@ -62,6 +62,8 @@ class MountConfig(NamedTuple):
     """Asked for. A union with no upper is read-only without it, see `read_only`."""
     volatile: bool = False
     """Nothing is synced, and the work directory says so from then on."""
+    accept_volatile: bool = False
+    """An upper that was volatile before is mounted."""
     fsync: bool = True
     """False: nothing is synced."""
     whiteout: Whiteout = "auto"

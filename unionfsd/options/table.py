@@ -102,6 +102,12 @@ GROUPS: Final[tuple[tuple[str, tuple[Option, ...]], ...]] = (
                 "Skip every sync of the upper: faster, and after a crash of the machine the upper must be thrown away.",
             ),
             Option(
+                "accept_volatile",
+                Word("accept_volatile", True),
+                "Mount an upper that was mounted `volatile` before, which is refused otherwise: somebody knows that it "
+                "is whole. Needed once.",
+            ),
+            Option(
                 "fsync",
                 Value("fsync", read_switch),
                 "`0`: skip every sync of the upper, like `volatile`, but leave no mark that it was so.",
