@@ -77,7 +77,7 @@ def test_an_oci_layout(store: Store, tmp_path: Path, compression: str) -> None:
     assert store.image("app:1").digest == store.image(made.digest[7:19]).digest == made.digest
 
 
-FORMS: Final[dict[str, Callable[[Made, Path], str]]] = {
+FORMS: dict[str, Callable[[Made, Path], str]] = {
     "oci-archive": lambda made, path: f"oci-archive:{images.archive(path / 'a.tar', made.oci_files())}",
     "docker-archive": lambda made, path: f"docker-archive:{images.archive(path / 'a.tar', made.docker_files())}",
     "dir": lambda made, path: f"dir:{images.write(path / 'dir', made.dir_files())}",
@@ -86,13 +86,19 @@ FORMS: Final[dict[str, Callable[[Made, Path], str]]] = {
     "guessed-oci-archive": lambda made, path: str(images.archive(path / "a.tar", made.oci_files())),
     "guessed-docker-archive": lambda made, path: str(images.archive(path / "a.tar", made.docker_files())),
     "docker-25": lambda made, path: str(images.archive(path / "a.tar", {**made.docker_files(), **made.oci_files()})),
-    "compressed": lambda made, path: str(compressed(images.archive(path / "a.tar", made.docker_files()))),
 }
 
 
-def compressed(path: Path) -> Path:
-    packed = path.with_suffix(".gz")
-    packed.write_bytes(images.COMPRESSORS["+gzip"](path.read_bytes()))
+def packed(how: str) -> Callable[[Made, Path], str]:
+    return lambda made, path: str(compressed(images.archive(path / "a.tar", made.docker_files()), how))
+
+
+FORMS |= {f"compressed{how}": packed(how) for how in images.COMPRESSORS}
+
+
+def compressed(path: Path, how: str) -> Path:
+    packed = path.with_suffix(".packed")
+    packed.write_bytes(images.COMPRESSORS[how](path.read_bytes()))
     return packed
 
 
@@ -242,7 +248,54 @@ def test_a_diff_id_that_is_wrong_is_refused(store: Store, tmp_path: Path) -> Non
     assert left(store) == []
 
 
-@pytest.mark.parametrize("compression", ["+gzip", "+zstd"])
+def changed(made: Made, change: Callable[[bytes], bytes], path: Path) -> Path:
+    """A layout whose last layer's blob is changed, and known by its digest as it is."""
+    made.blobs[-1] = change(made.blobs[-1])
+    document = json.loads(made.manifest)
+    document["layers"][-1] |= {"digest": digests.of(made.blobs[-1]), "size": len(made.blobs[-1])}
+    made.manifest = json.dumps(document).encode()
+    return made.oci(path)
+
+
+SKIPPABLE: Final = b"\x50\x2a\x4d\x18\4\0\0\0abcd"
+
+
+@pytest.mark.parametrize(
+    ("compression", "change"),
+    [
+        *((how, lambda blob: blob[:-3]) for how in ("+gzip", "+zstd", "+xz", "+bzip2")),
+        *((how, lambda blob: blob + b"more") for how in ("+gzip", "+zstd", "+xz", "+bzip2")),
+        *(
+            (how, lambda blob: blob[: len(blob) // 2] + b"\0" * 9 + blob[len(blob) // 2 + 9 :])
+            for how in ("+xz", "+bzip2")
+        ),
+        ("+zstd", lambda blob: blob + SKIPPABLE[:-1]),
+    ],
+)
+def test_a_damaged_stream_is_refused(
+    store: Store, tmp_path: Path, compression: str, change: Callable[[bytes], bytes]
+) -> None:
+    with pytest.raises(UserError):
+        bring(store, changed(Made([BASE, TOP], compression), change, tmp_path / "oci"))
+    assert left(store) == []
+
+
+@pytest.mark.parametrize(
+    ("compression", "change"),
+    [
+        *((how, lambda blob, how=how: blob + images.COMPRESSORS[how](b"")) for how in images.COMPRESSORS),
+        ("+zstd", lambda blob: SKIPPABLE + blob + SKIPPABLE),  # what pzstd writes, and zstd:chunked
+        ("+xz", lambda blob: blob + b"\0" * 8),
+    ],
+)
+def test_streams_in_several_parts(
+    store: Store, tmp_path: Path, compression: str, change: Callable[[bytes], bytes]
+) -> None:
+    made = Made([BASE, TOP], compression)
+    check(store, bring(store, changed(made, change, tmp_path / "oci")), made)
+
+
+@pytest.mark.parametrize("compression", [how for how in images.COMPRESSORS if how])
 def test_a_bomb_stops_early(store: Store, tmp_path: Path, compression: str) -> None:
     made = Made([tar([member("zeros", data=bytes(64 << 20))])], compression)
     began = time.monotonic()

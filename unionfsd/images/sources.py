@@ -19,7 +19,7 @@ from unionfsd.images.blobs import ArchiveBlobs, Blobs, DirectoryBlobs, FlatBlobs
 from unionfsd.images.compress import Readable
 from unionfsd.images.documents import Config, Descriptor, Manifest
 from unionfsd.images.reference import Place
-from unionfsd.images.tarread import TarError
+from unionfsd.images.tarread import BLOCK, TarError
 from unionfsd.syscalls import Fd
 
 _CONTAINERD_NAME: Final = "io.containerd.image.name"
@@ -265,8 +265,7 @@ def _since_1_10(archive: Archive, place: Place) -> Source:
 
 
 def _member(archive: Archive, name: str, diff_id: str) -> tuple[str, int, Callable[[], Readable]]:
-    head = archive.open(name).read(4)
-    if archives._compressed(head):
+    if compress.is_compressed(archive.open(name).read(BLOCK)):
         source = compress.Source(compress.pieces(archive.open(name)), algorithm=None)
         source.drain()
         return diff_id, source.count, lambda: archive.open(name)
