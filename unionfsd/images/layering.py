@@ -107,8 +107,10 @@ class Layering:
             self._unpack(wanted, unpacker)
             self._events.end(wanted.label)
             return Fetched(wanted, stage, unpacker, diff)
-        except BaseException:
+        except BaseException as error:
             stage.__exit__()
+            if isinstance(error, UserError) and wanted.label not in error.message:
+                error.message = f"{wanted.label}: {error.message}"
             raise
 
     def _there(self, wanted: Wanted) -> bool:
