@@ -40,9 +40,24 @@ def pull_(given: argparse.Namespace) -> int:
         raise UserError(f"{given.source}: not in a registry", hint="unionfsctl image import takes it")
     platform = sources.platform_of(given.platform) if given.platform else sources.here()
     text = place.where if place else given.source
-    source = registry.find(text, given.mirror, platform, plain_http=given.plain_http)
+    source = registry.find(text, given.mirror, platform, **_ways(given))
     with source.registry:
         return _bring(given, store, source)
+
+
+def _ways(given: argparse.Namespace) -> dict[str, bool]:
+    """How much of TLS a registry must have."""
+    return {"plain_http": given.plain_http, "insecure": given.tls_verify == "false"}
+
+
+def tags_(given: argparse.Namespace) -> int:
+    from unionfsd.images import registry
+
+    place = reference.place(given.repository)
+    if place is not None and place.transport != "docker":
+        raise UserError(f"{given.repository}: not in a registry", hint="docker://HOST/NAME")
+    found = registry.tags(place.where if place else given.repository, **_ways(given))
+    return out(given, found, "\n".join)
 
 
 def _bring(given: argparse.Namespace, store: Store, source: sources.Source) -> int:
@@ -76,11 +91,12 @@ def push_(given: argparse.Namespace) -> int:
     text = place.where if place else given.to or (image.names[0] if image.names else None)
     if text is None:
         raise UserError(f"{given.image}: has no name to push it as")
+    name = reference.name(text)
     told = events.make(as_json=given.json, quiet=given.quiet)
     try:
         with (
             store.lock(shared=True),
-            registry.Registry(reference.name(text), push=True, plain_http=given.plain_http) as target,
+            registry.writable(name, also=pushing.repositories(store, name), **_ways(given)) as target,
         ):
             pushing.push(store, image, target, told, referrers=given.referrers)
     finally:

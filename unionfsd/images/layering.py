@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -176,7 +177,7 @@ class Layering:
             incoming.restart()
         had = incoming.have
         stream = Verified(
-            _Tee(incoming, had, lambda: self._open(descriptor, had)),
+            _Tee(incoming, had, lambda: self._open(descriptor, had) if had < descriptor.size else io.BytesIO()),
             descriptor.digest,
             descriptor.size,
             self._seen(wanted.label),
