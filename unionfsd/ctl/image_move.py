@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from unionfsd.ctl.image_show import out, store_of
 from unionfsd.ctl.settled import settled
@@ -19,10 +19,21 @@ if TYPE_CHECKING:
     from unionfsd.images.store import Image, Store
 
 
+_MAX_JOBS: Final = 64
+
+
 def limits_of(given: argparse.Namespace) -> Limits:
     if given.max_layer < 1:
         raise UserError(f"--max-layer {given.max_layer}: not a size")
     return Limits(size=given.max_layer << 30)
+
+
+def jobs_of(given: argparse.Namespace) -> int | None:
+    """How many layers at once; None leaves it to us."""
+    jobs: int | None = given.jobs
+    if jobs is not None and not 1 <= jobs <= _MAX_JOBS:
+        raise UserError(f"--jobs {jobs}: not a number of layers", hint=f"1 to {_MAX_JOBS}")
+    return jobs
 
 
 def import_(given: argparse.Namespace) -> int:
@@ -73,7 +84,7 @@ def _bring(given: argparse.Namespace, store: Store, source: sources.Source) -> i
             names,
             events=told,
             limits=limits_of(given),
-            at_once=given.jobs,
+            at_once=jobs_of(given),
             keep_blobs=not given.discard_blobs,
             allowed=lambda source: admission.admit(store, source, names, rules),
         )
