@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
 import io
 import json
+import lzma
 import stat
 import tarfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -59,6 +61,8 @@ COMPRESSORS: Final[dict[str, Callable[[bytes], bytes]]] = {
     "": lambda data: data,
     "+gzip": lambda data: gzip.compress(data, 1, mtime=0),
     "+zstd": lambda data: zstandard.compress(data),
+    "+xz": lambda data: lzma.compress(data, preset=0),
+    "+bzip2": lambda data: bz2.compress(data, 1),
 }
 
 

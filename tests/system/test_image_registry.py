@@ -30,7 +30,8 @@ from unionfsd.images.admission import admit, check
 from unionfsd.images.auth import Credentials
 from unionfsd.images.compress import BrokenOffError
 from unionfsd.images.events import Events
-from unionfsd.images.registry import Registry, RegistryError
+from unionfsd.images.registry import Registry
+from unionfsd.images.session import RegistryError
 from unionfsd.images.store import Image, Store
 from unionfsd.images.trust import Signature, UntrustedError
 
@@ -235,6 +236,24 @@ def test_the_command_line(host: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert [event["event"] for event in events][:1] == ["begin"]
     assert main(["image", "pull", root, f"docker://{host}/none:1"]) == 1
     assert "404" in capsys.readouterr().err
+
+
+def test_a_layer_is_taken_from_another_repository_of_the_registry(
+    host: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = Made([tar([member("shared", data=b"only here")])])
+    root = f"--root={tmp_path}/store"
+    assert main(["image", "import", root, str(made.oci(tmp_path / "oci")), "--name", f"{host}/first:1"]) == 0
+    assert main(["image", "push", root, f"{host}/first:1"]) == 0
+    capsys.readouterr()
+    assert main(["image", "push", root, f"{host}/first:1", f"docker://{host}/second/app:1", "--json"]) == 0
+    events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [event["what"] for event in events] == ["there", "there"]
+    assert main(["image", "push", root, f"{host}/first:1", f"docker://{host}/second/app:2", "--quiet"]) == 0
+    capsys.readouterr()
+    assert main(["image", "tags", f"docker://{host}/second/app"]) == 0
+    assert capsys.readouterr().out.split() == ["1", "2"]
+    assert main(["image", "pull", f"--root={tmp_path}/other", f"docker://{host}/second/app:2", "--quiet"]) == 0
 
 
 def test_an_index_in_a_registry(store: Store, host: str, tmp_path: Path, remote: Connect) -> None:
@@ -478,14 +497,16 @@ def test_an_untrusted_certificate_is_for_insecure_registries(
     files = ["-keyout", str(tmp_path / "key"), "-out", str(tmp_path / "crt")]
     run("openssl", "req", "-x509", "-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", *files, *subject)
     tls = f"  tls: {{certificate: {tmp_path}/crt, key: {tmp_path}/key}}\n"
-    # Not this machine by its name: there TLS is not asked for.
-    monkeypatch.setattr(registry, "_is_here", lambda host: False)
     monkeypatch.setenv("CONTAINERS_REGISTRIES_CONF", str(tmp_path / "registries.conf"))
     made = Made([BASE])
     with serving(tmp_path, http=tls) as host:
         name = f"{host}/app:1"
         with pytest.raises(BrokenOffError, match="certificate"):
             pushed(store, made, tmp_path / "oci", name)
+        root = f"--root={store.root}"
+        assert main(["image", "push", root, name, "--tls-verify=false"]) == 0
+        assert main(["image", "pull", root, f"docker://{name}"]) == 1
+        assert main(["image", "pull", root, f"docker://{name}", "--tls-verify=false"]) == 0
         (tmp_path / "registries.conf").write_text(f'[[registry]]\nlocation = "{host}"\ninsecure = true\n')
         pushed(store, made, tmp_path / "oci", name)
         found = registry.find(name, [], AMD64, plain_http=False)

@@ -22,6 +22,7 @@ from tests.system import private
 from tests.system.built import SOURCES, Built, view
 from tests.system.built import image as image
 from tests.trees import fingerprint
+from unionfsd.images import runtime
 from unionfsd.images.store import Store
 
 CONTAINERFILE: Final = """\
@@ -186,6 +187,15 @@ def test_a_command_runs_in_a_root(built: Built, image: Any, runner: str) -> None
     assert said == "7\n8\n/etc\nb\nx\none\nmore\n"
     image("run", "--runner", runner, "app", "--", "sh", "-c", "exit 3", code=3)
     assert image("containers") == ""
+
+
+def test_a_root_is_furnished_in_a_user_namespace(disk: Path) -> None:
+    """There a new /proc cannot be mounted as long as the processes are the machine's."""
+    (disk / "root").mkdir()
+    namespaces = ("unshare", "--user", "--map-root-user", "--mount")
+    words = ("cat", disk / "root" / "proc" / "self" / "status")
+    assert "Seccomp" in run(*namespaces, "sh", "-c", runtime._FURNISH, "chroot", disk / "root", *words)
+    assert os.listdir(disk / "root" / "proc") == []
 
 
 def test_stage_rootfs_takes_an_image(built: Built, image: Any, disk: Path) -> None:

@@ -63,6 +63,7 @@ def test_images_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         (["export", "none", "/tmp/x"], 2),
         (["frobnicate"], 2),
         (["import", "--platform", "linux", "oci:/x"], 2),
+        (["import", "--jobs", "0", "."], 2),
         (["start", "../.."], 1),
         (["umount", "/proc"], 5),
         (["umount", "/not/there"], 5),

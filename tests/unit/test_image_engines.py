@@ -19,7 +19,7 @@ from tests.trees import fingerprint
 from unionfsd.errors import UserError
 from unionfsd.images import digest as digests
 from unionfsd.images import engines, importing, sources, tarsplit
-from unionfsd.images.store import Image, Store
+from unionfsd.images.store import Image, Store, default_root
 
 NAME: Final = b"b\xff" + b"long" * 30
 LAYERS: Final = (
@@ -128,6 +128,30 @@ def test_storage_conf_says_where(podman: Path, tmp_path: Path, monkeypatch: pyte
     conf.write_text("storage = [")
     with pytest.raises(UserError, match=r"storage\.conf"):
         engines.find("app:1")
+
+
+def test_in_a_namespace_of_a_user_the_stores_are_the_users(
+    podman: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As root of ``podman unshare``; the machine's own root has others."""
+    for name in ("CONTAINERS_STORAGE_CONF", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    assert default_root() == "/var/lib/unionfsd"
+    monkeypatch.setenv("_CONTAINERS_USERNS_CONFIGURED", "done")
+    assert default_root() == str(tmp_path / "data" / "unionfsd-userns")
+    monkeypatch.setattr(engines, "_SYSTEM", ())
+    assert engines.roots() == [str(tmp_path / "data" / "containers" / "storage")]
+    with pytest.raises(UserError, match="there is no store"):
+        engines.find("app:1")
+    conf = tmp_path / "home" / ".config" / "containers" / "storage.conf"
+    conf.parent.mkdir(parents=True)
+    conf.write_text(f'[storage]\ngraphroot = "{podman}"\n')
+    assert engines.find("app:1").names == ("localhost/app:1",)
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    assert default_root() == str(tmp_path / "data" / "unionfsd")
 
 
 def test_files_that_changed_are_no_longer_the_layer(podman: Path, tmp_path: Path) -> None:

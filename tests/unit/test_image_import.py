@@ -77,7 +77,7 @@ def test_an_oci_layout(store: Store, tmp_path: Path, compression: str) -> None:
     assert store.image("app:1").digest == store.image(made.digest[7:19]).digest == made.digest
 
 
-FORMS: Final[dict[str, Callable[[Made, Path], str]]] = {
+FORMS: dict[str, Callable[[Made, Path], str]] = {
     "oci-archive": lambda made, path: f"oci-archive:{images.archive(path / 'a.tar', made.oci_files())}",
     "docker-archive": lambda made, path: f"docker-archive:{images.archive(path / 'a.tar', made.docker_files())}",
     "dir": lambda made, path: f"dir:{images.write(path / 'dir', made.dir_files())}",
@@ -86,13 +86,19 @@ FORMS: Final[dict[str, Callable[[Made, Path], str]]] = {
     "guessed-oci-archive": lambda made, path: str(images.archive(path / "a.tar", made.oci_files())),
     "guessed-docker-archive": lambda made, path: str(images.archive(path / "a.tar", made.docker_files())),
     "docker-25": lambda made, path: str(images.archive(path / "a.tar", {**made.docker_files(), **made.oci_files()})),
-    "compressed": lambda made, path: str(compressed(images.archive(path / "a.tar", made.docker_files()))),
 }
 
 
-def compressed(path: Path) -> Path:
-    packed = path.with_suffix(".gz")
-    packed.write_bytes(images.COMPRESSORS["+gzip"](path.read_bytes()))
+def packed(how: str) -> Callable[[Made, Path], str]:
+    return lambda made, path: str(compressed(images.archive(path / "a.tar", made.docker_files()), how))
+
+
+FORMS |= {f"compressed{how}": packed(how) for how in images.COMPRESSORS}
+
+
+def compressed(path: Path, how: str) -> Path:
+    packed = path.with_suffix(".packed")
+    packed.write_bytes(images.COMPRESSORS[how](path.read_bytes()))
     return packed
 
 
@@ -113,6 +119,106 @@ def test_a_docker_archive_has_its_names(store: Store, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="2 images"):
         bring(store, f"docker-archive:{path}")
     assert bring(store, f"docker-archive:{path}:other:2").names == ("docker.io/library/other:2",)
+
+
+def test_a_number_means_one_of_an_archive(store: Store, tmp_path: Path) -> None:
+    one, two = Made([BASE, TOP]), Made([BASE])
+    manifests = [json.loads(made.docker_files()["manifest.json"])[0] for made in (one, two)]
+    content = {**two.docker_files(), **one.docker_files(), "manifest.json": json.dumps(manifests).encode()}
+    path = images.archive(tmp_path / "a.tar", content)
+    for number, made in enumerate((one, two)):
+        assert bring(store, f"docker-archive:{path}:@{number}").config.digest == digests.of(made.config)
+    with pytest.raises(UserError, match=r"no image of that name.*app:1"):
+        bring(store, f"docker-archive:{path}:@2")
+
+
+def docker_25(*made: tuple[Made, list[str]]) -> dict[str, bytes]:
+    """The files of ``docker save`` since 25: a layout that names each tag, and a list as before."""
+    content: dict[str, bytes] = {}
+    entries, manifests = [], []
+    for image, tags in made:
+        content |= image.oci_files(None)
+        blobs = ["blobs/" + digests.of(blob).replace(":", "/") for blob in (image.config, *image.blobs)]
+        manifests.append({"Config": blobs[0], "RepoTags": tags or None, "Layers": blobs[1:]})
+        for tag in tags or [""]:
+            names = {
+                "io.containerd.image.name": f"docker.io/library/{tag}",
+                documents.REF_NAME: str(tag).partition(":")[2],
+            }
+            entries.append(
+                {**images.descriptor(documents.OCI_MANIFEST, image.manifest), **({"annotations": names} if tag else {})}
+            )
+    index = {"schemaVersion": 2, "manifests": entries}
+    return {**content, "index.json": json.dumps(index).encode(), "manifest.json": json.dumps(manifests).encode()}
+
+
+def test_an_archive_of_docker_25_with_several_images_and_names(store: Store, tmp_path: Path) -> None:
+    one, two, three = Made([BASE, TOP]), Made([BASE]), Made([TOP])
+    path = images.archive(
+        tmp_path / "a.tar", docker_25((one, ["app:1", "app:latest"]), (two, ["other:1"]), (three, []))
+    )
+    with pytest.raises(UserError, match="3 images"):
+        bring(store, f"docker-archive:{path}")
+    image = bring(store, f"docker-archive:{path}:app:1")
+    assert (image.digest, image.names) == (one.digest, ("docker.io/library/app:1", "docker.io/library/app:latest"))
+    assert bring(store, f"docker-archive:{path}:other:1").digest == two.digest
+    with pytest.raises(UserError, match="no image of that name"):
+        bring(store, f"docker-archive:{path}:other:2")
+    again = images.archive(tmp_path / "b.tar", docker_25((one, ["app:1", "app:latest"])))
+    assert bring(store, again).names == image.names
+    plain = docker_25((one, ["app:1"]), (two, ["other:1"]))
+    index = json.loads(plain["index.json"])
+    for entry in index["manifests"]:
+        del entry["annotations"]
+    unnamed = images.archive(tmp_path / "c.tar", {**plain, "index.json": json.dumps(index).encode()})
+    assert bring(store, f"docker-archive:{unnamed}:other:1").digest == two.digest
+
+
+ARTIFACT: Final = json.dumps(
+    {
+        "schemaVersion": 2,
+        "mediaType": documents.OCI_MANIFEST,
+        "artifactType": "application/example",
+        "config": images.descriptor(documents.OCI_EMPTY, b"{}"),
+        "layers": [images.descriptor(documents.OCI_EMPTY, b"{}")],
+    }
+).encode()
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"artifactType": "application/example"},
+        {"annotations": {"vnd.docker.reference.type": "attestation-manifest"}, "platform": {"os": "unknown"}},
+        {"annotations": {documents.REF_NAME: "sha256-" + "a" * 64 + ".att"}},
+        {"annotations": {documents.REF_NAME: "sha256-" + "a" * 64}},
+    ],
+    ids=str,
+)
+def test_what_is_about_an_image_is_not_taken_for_one(store: Store, tmp_path: Path, beside: dict[str, Any]) -> None:
+    made = Made([BASE, TOP])
+    content = made.oci_files(None, artifact=ARTIFACT, empty=b"{}")
+    image = images.descriptor(documents.OCI_MANIFEST, made.manifest)
+    entries = [{**images.descriptor(documents.OCI_MANIFEST, ARTIFACT), **beside}, image]
+    content["index.json"] = json.dumps({"schemaVersion": 2, "manifests": entries}).encode()
+    check(store, bring(store, images.write(tmp_path / "oci", content)), made)
+
+
+def test_an_artifact_is_called_one(store: Store, tmp_path: Path) -> None:
+    content = Made([BASE]).oci_files(None, artifact=ARTIFACT, empty=b"{}")
+    entry = images.descriptor(documents.OCI_MANIFEST, ARTIFACT)
+    content["index.json"] = json.dumps({"schemaVersion": 2, "manifests": [entry]}).encode()
+    with pytest.raises(UserError, match="artifact: application/example"):
+        bring(store, images.write(tmp_path / "oci", content))
+
+
+def test_nothing_is_no_root(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "root.tar").touch()
+    with pytest.raises(UserError, match="nothing is in it"):
+        bring(store, f"tar:{tmp_path / 'root.tar'}")
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UserError, match="neither a file nor a directory"):
+        bring(store, tmp_path / "fifo")
 
 
 def test_a_docker_archive_whose_layers_are_links(store: Store, tmp_path: Path) -> None:
@@ -158,6 +264,7 @@ def test_an_index_for_several_machines(store: Store, tmp_path: Path) -> None:
     check(store, bring(store, f"oci:{path}:v1"), made)
     arm = bring(store, f"oci:{path}:v1", platform={"os": "linux", "architecture": "arm64"})
     assert arm.digest == other.digest
+    assert sources.platform_of("linux/aarch64") == {"os": "linux", "architecture": "arm64"}
     with pytest.raises(UserError, match="linux/arm64"):
         bring(store, f"oci:{path}:v1", platform={"os": "linux", "architecture": "s390x"})
 
@@ -237,12 +344,61 @@ def test_what_is_not_what_it_says_is_refused(store: Store, tmp_path: Path, name:
 def test_a_diff_id_that_is_wrong_is_refused(store: Store, tmp_path: Path) -> None:
     made = Made([BASE, TOP])
     lying = Made([BASE, TOP], rootfs={"type": "layers", "diff_ids": [made.diff_ids[0], digests.of(b"other")]})
-    with pytest.raises(UserError, match="unpacks to"):
+    with pytest.raises(UserError, match=rf"{digests.of(made.blobs[1])}: unpacks to"):
         bring(store, lying.oci(tmp_path / "oci"))
     assert left(store) == []
 
 
-@pytest.mark.parametrize("compression", ["+gzip", "+zstd"])
+def changed(made: Made, change: Callable[[bytes], bytes], path: Path) -> Path:
+    """A layout whose last layer's blob is changed, and known by its digest as it is."""
+    made.blobs[-1] = change(made.blobs[-1])
+    document = json.loads(made.manifest)
+    document["layers"][-1] |= {"digest": digests.of(made.blobs[-1]), "size": len(made.blobs[-1])}
+    made.manifest = json.dumps(document).encode()
+    return made.oci(path)
+
+
+SKIPPABLE: Final = b"\x50\x2a\x4d\x18\4\0\0\0abcd"
+
+
+@pytest.mark.parametrize(
+    ("compression", "change"),
+    [
+        *((how, lambda blob: blob[:-3]) for how in ("+gzip", "+zstd", "+xz", "+bzip2")),
+        *((how, lambda blob: blob + b"more") for how in ("+gzip", "+zstd", "+xz", "+bzip2")),
+        *(
+            (how, lambda blob: blob[: len(blob) // 2] + b"\0" * 9 + blob[len(blob) // 2 + 9 :])
+            for how in ("+xz", "+bzip2")
+        ),
+        ("+zstd", lambda blob: blob + SKIPPABLE[:-1]),
+    ],
+)
+def test_a_damaged_stream_is_refused(
+    store: Store, tmp_path: Path, compression: str, change: Callable[[bytes], bytes]
+) -> None:
+    made = Made([BASE, TOP], compression)
+    path = changed(made, change, tmp_path / "oci")
+    with pytest.raises(UserError, match=digests.of(made.blobs[1])):
+        bring(store, path)
+    assert left(store) == []
+
+
+@pytest.mark.parametrize(
+    ("compression", "change"),
+    [
+        *((how, lambda blob, how=how: blob + images.COMPRESSORS[how](b"")) for how in images.COMPRESSORS),
+        ("+zstd", lambda blob: SKIPPABLE + blob + SKIPPABLE),  # what pzstd writes, and zstd:chunked
+        ("+xz", lambda blob: blob + b"\0" * 8),
+    ],
+)
+def test_streams_in_several_parts(
+    store: Store, tmp_path: Path, compression: str, change: Callable[[bytes], bytes]
+) -> None:
+    made = Made([BASE, TOP], compression)
+    check(store, bring(store, changed(made, change, tmp_path / "oci")), made)
+
+
+@pytest.mark.parametrize("compression", [how for how in images.COMPRESSORS if how])
 def test_a_bomb_stops_early(store: Store, tmp_path: Path, compression: str) -> None:
     made = Made([tar([member("zeros", data=bytes(64 << 20))])], compression)
     began = time.monotonic()

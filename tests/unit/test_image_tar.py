@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import stat
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -173,6 +173,12 @@ def pax(records: bytes, kind: bytes = b"x") -> bytes:
     return raw(b"p", kind, b"%011o" % len(records)) + records.ljust(-(-len(records) // 512) * 512, b"\0")
 
 
+def record(text: bytes) -> bytes:
+    length = len(text) + 2
+    length += len(str(length + len(str(length))))
+    return b"%d %s\n" % (length, text)
+
+
 END: Final = bytes(1024)
 
 REFUSED: Final = {
@@ -197,6 +203,12 @@ REFUSED: Final = {
     "an xattr for everybody": pax(b"24 SCHILY.xattr.user.a=b\n"[:0] + b"25 SCHILY.xattr.user.a=b\n", b"g")
     + raw()
     + END,
+    "an xattr with a NUL in its name": pax(record(b"SCHILY.xattr.user.a\0b=c")) + raw() + END,
+    "an xattr without a name": pax(record(b"SCHILY.xattr.=c")) + raw() + END,
+    "an xattr with a name that is too long": pax(record(b"SCHILY.xattr.user." + b"a" * 251 + b"=c")) + raw() + END,
+    "an xattr that is too large": pax(record(b"SCHILY.xattr.user.a=" + b"c" * 65537)) + raw() + END,
+    "an xattr of libarchive's that is not base64": pax(record(b"LIBARCHIVE.xattr.user.a=!!!!")) + raw() + END,
+    "an xattr of libarchive's for everybody": pax(record(b"LIBARCHIVE.xattr.user.a=YQ"), b"g") + raw() + END,
     "an extended header that is too large": raw(flag=b"x", size=b"77777777777") + END,
     "a sparse map out of the file": raw(
         flag=b"S", size=b"00000001000", sparse=b"00000010000\0" + b"00000001000\0", realsize=b"00000001000\0"
@@ -209,6 +221,18 @@ REFUSED: Final = {
     + bytes(512)
     + END,
 }
+
+
+def test_xattrs_are_read_as_star_and_as_libarchive_write_them() -> None:
+    records = record(b"LIBARCHIVE.xattr.user.a%25%3d=AGEK") + record(b"LIBARCHIVE.xattr.user.b=YQ")
+    records += record(b"SCHILY.xattr.user.b=star")
+    [(found, _)] = read(pax(records) + raw() + END)
+    assert found.xattrs == {b"user.a%=": b"\0a\n", b"user.b": b"star"}
+
+
+def test_an_empty_record_takes_a_global_one_away() -> None:
+    archive = pax(record(b"mtime=5") + record(b"uid=7"), b"g") + raw() + pax(record(b"uid=")) + raw() + END
+    assert [(found.mtime_ns, found.uid) for found, _ in read(archive)] == [(5 * 10**9, 7), (5 * 10**9, 0)]
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -247,10 +271,21 @@ def test_sparse_files(unpack: Unpack, version: str) -> None:
     assert found.read_bytes() == expected
 
 
-def record(text: bytes) -> bytes:
-    length = len(text) + 2
-    length += len(str(length + len(str(length))))
-    return b"%d %s\n" % (length, text)
+@given(st.integers(0, 300_000), st.booleans(), st.booleans(), st.integers(1, 22), st.data())
+@settings(max_examples=30)
+def test_a_stream_of_zstd_that_is_cut_short_is_told(
+    size: int, noise: bool, sized: bool, level: int, data: st.DataObject
+) -> None:
+    content = os.urandom(size) if noise else bytes(size)
+    packer = zstandard.ZstdCompressor(level=level, write_content_size=sized, write_checksum=noise)
+    whole = packer.compress(content) + b"\x51\x2a\x4d\x18\3\0\0\0abc" + packer.compress(b"end")
+    assert b"".join(pieces(io.BytesIO(whole))) == content + b"end"
+    last = len(packer.compress(b"end"))
+    cut = data.draw(
+        st.integers(6, len(whole) - 1).filter(lambda cut: cut not in (len(whole) - last, len(whole) - last - 11))
+    )
+    with pytest.raises(UserError, match="zstd"):
+        list(pieces(io.BytesIO(whole[:cut])))
 
 
 # What is made.
@@ -273,7 +308,6 @@ def record(text: bytes) -> bytes:
         [directory("d"), hard_link("b", "d")],
         [member("f"), hard_link("f", "gone"), hard_link("g", ".wh.f")],
         [member("f", data=b"x"), member("f/g", data=b"x")],
-        [member("d/f"), member("d")],
         [member(".", data=b"x")],
         [symlink("./", "../outside")],
         [symlink("a", "")],
@@ -322,12 +356,25 @@ def test_the_last_of_two_entries_counts(unpack: Unpack) -> None:
         *(directory("d", mode=0o700), directory("d", mode=0o711), member("e"), directory("e")),
         *(member("h", data=b"h"), member("i", data=b"old"), hard_link("i", "h"), hard_link("i", "h")),
         *(directory("empty"), symlink("empty", "h")),
+        *(directory("full/deep"), member("full/deep/f", data=b"gone"), hard_link("kept", "full/deep/f")),
+        *(member("full/.wh.x"), member("full", data=b"file")),
+        *(directory("again/a"), member("again"), directory("again"), member("again/b", data=b"b")),
     ]
     root = unpack(tar(entries))
     assert [(root / name).read_bytes() for name in "fshi"] == [b"2", b"own", b"h", b"h"]
     assert stat.S_IMODE((root / "d").stat().st_mode) == 0o711
     assert (root / "e").is_dir()
     assert os.readlink(root / "empty") == "h"
+    assert ((root / "full").read_bytes(), (root / "kept").read_bytes()) == (b"file", b"gone")
+    assert os.listdir(root / "again") == ["b"]
+
+
+def test_an_xattr_that_the_system_does_not_take_is_named(unpack: Unpack) -> None:
+    xattrs = {b"trusted.overlay." + b"a" * 239: b"longer when it is escaped"}
+    for entry in (member("d/f", xattrs=xattrs), directory("d/f", xattrs=xattrs)):
+        with pytest.raises(UserError, match=r"d/f.*xattr trusted") as raised:
+            unpack(tar([entry]))
+        assert raised.value.code == 1
 
 
 @needs_root
@@ -408,26 +455,56 @@ def test_implied_directories_stay_as_they_are_below(unpack: Unpack) -> None:
     assert stat.S_IMODE((made / "other").stat().st_mode) == 0o755
 
 
-@given(st.lists(members, max_size=6))
-@settings(max_examples=60, deadline=None)
-def test_whatever_the_archive_nothing_happens_outside(entries: list[tuple[Member, bytes]]) -> None:
+def contained(archive: bytes) -> None:
+    """Unpack what may be anything: it is refused in words, or lies where it belongs."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as place:
-        root = Path(place) / "a" / "root"
+        root, below = Path(place) / "a" / "root", Path(place) / "below"
         root.mkdir(parents=True)
-        unpacker = Unpacker(open_dir(root))
+        (below / "d").mkdir(parents=True)
+        (below / "d" / "b").touch()
+        limits = Limits(header=1 << 14, size=1 << 20, entries=100)
+        unpacker = Unpacker(open_dir(root), limits)
         try:
-            unpacker.unpack(TarReader(Source(pieces(io.BytesIO(tar(entries))))))
-            unpacker.finish(Below([]))
-        except TarError:
+            unpacker.unpack(TarReader(Source(pieces(io.BytesIO(archive)), 1 << 22), limits))
+            unpacker.finish(Below([open_dir(below)]))
+        except UserError:
             pass
-        except OSError as error:
-            # What one file system can keep, and another cannot.
-            if error.errno not in (errno.EINVAL, errno.ENAMETOOLONG, errno.ERANGE, errno.EPERM):
-                raise
-        assert os.listdir(place) == ["a"]
-        assert os.listdir(Path(place) / "a") == ["root"]
+        assert (os.listdir(root.parent), os.listdir(below / "d")) == (["root"], ["b"])
+        from unionfsd.images import beneath
+
+        beneath.remove(os.open(root.parent, os.O_PATH), b"root")
+
+
+@given(st.lists(members, max_size=6))
+@settings(max_examples=60, deadline=None)
+def test_whatever_the_archive_nothing_happens_outside(entries: list[tuple[Member, bytes]]) -> None:
+    contained(tar(entries))
+
+
+SEED = tar(
+    [
+        *(directory("d", xattrs={b"user.a": b"b"}), member("d/f", data=b"x" * 600), symlink("s", "d")),
+        *(hard_link("h", "d/f"), member("d/.wh.b"), member("d/.wh..wh..opq")),
+        *(member("n" * 150, mtime_ns=-5), member("p", stat.S_IFIFO)),
+    ],
+    end=False,
+)
+SEED += pax(b"".join(record(b"GNU.sparse." + text) for text in SPARSE["0.1"])) + raw(size=b"%011o" % 1024) + bytes(1024)
+
+
+@given(st.lists(st.tuples(st.integers(0, len(SEED) - 1), st.binary(min_size=1, max_size=8)), min_size=1, max_size=6))
+@settings(max_examples=150, deadline=None)
+def test_whatever_a_header_says_nothing_happens_outside(changes: list[tuple[int, bytes]]) -> None:
+    archive = bytearray(SEED)
+    for at, data in changes:
+        archive[at : at + len(data)] = data
+    for at in range(0, len(archive) - 511, 512):
+        if archive[at + 257 : at + 262] == b"ustar":  # so that more is read of it than its checksum
+            archive[at + 148 : at + 156] = b" " * 8
+            archive[at + 148 : at + 156] = b"%06o\0 " % sum(archive[at : at + 512])
+    contained(bytes(archive))
 
 
 # The manifest of a tree.

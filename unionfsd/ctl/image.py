@@ -52,6 +52,11 @@ _TIMESTAMP: Final = Argument(
 )
 _POLICY: Final = Argument("--policy", "a file of rules (default: policy.toml of the store)", {"default": None})
 _PLAIN: Final = Argument("--plain-http", "without TLS also to other machines", {"action": "store_true"})
+_TLS: Final = Argument(
+    "--tls-verify",
+    "false: a certificate that nobody vouches for, or no TLS, will do",
+    {"choices": ("true", "false"), "default": "true"},
+)
 _VERIFY: Final = Argument(
     "--verify",
     "check every object and all data when it is first used: EIO for what was changed",
@@ -71,7 +76,7 @@ VERBS: Final[tuple[Verb, ...]] = (
         "unpack an image of a registry into the store",
         (
             Argument("source", "docker://HOST/NAME[:TAG][@DIGEST], or the name alone", {}),
-            *(_NAMES, _PLATFORM, _JOBS, _MAX, _DISCARD, _QUIET, _POLICY, _PLAIN),
+            *(_NAMES, _PLATFORM, _JOBS, _MAX, _DISCARD, _QUIET, _POLICY, _PLAIN, _TLS),
             Argument("--mirror", "HOST to ask first", {"action": "append", "default": [], "metavar": "HOST"}),
         ),
         "image_move",
@@ -83,9 +88,15 @@ VERBS: Final[tuple[Verb, ...]] = (
             _IMAGE,
             Argument("to", "docker://HOST/NAME[:TAG] (default: its name)", {"nargs": "?"}),
             Argument("--referrers", "signatures also as OCI 1.1 referrers", {"action": "store_true"}),
-            _PLAIN,
+            *(_PLAIN, _TLS),
             _QUIET,
         ),
+        "image_move",
+    ),
+    Verb(
+        "tags",
+        "list the tags of a repository in a registry",
+        (Argument("repository", "docker://HOST/NAME, or the name alone", {}), _PLAIN, _TLS),
         "image_move",
     ),
     Verb(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from unionfsd.ctl.image_show import out, store_of
 from unionfsd.ctl.settled import settled
@@ -19,10 +19,21 @@ if TYPE_CHECKING:
     from unionfsd.images.store import Image, Store
 
 
+_MAX_JOBS: Final = 64
+
+
 def limits_of(given: argparse.Namespace) -> Limits:
     if given.max_layer < 1:
         raise UserError(f"--max-layer {given.max_layer}: not a size")
     return Limits(size=given.max_layer << 30)
+
+
+def jobs_of(given: argparse.Namespace) -> int | None:
+    """How many layers at once; None leaves it to us."""
+    jobs: int | None = given.jobs
+    if jobs is not None and not 1 <= jobs <= _MAX_JOBS:
+        raise UserError(f"--jobs {jobs}: not a number of layers", hint=f"1 to {_MAX_JOBS}")
+    return jobs
 
 
 def import_(given: argparse.Namespace) -> int:
@@ -40,9 +51,24 @@ def pull_(given: argparse.Namespace) -> int:
         raise UserError(f"{given.source}: not in a registry", hint="unionfsctl image import takes it")
     platform = sources.platform_of(given.platform) if given.platform else sources.here()
     text = place.where if place else given.source
-    source = registry.find(text, given.mirror, platform, plain_http=given.plain_http)
+    source = registry.find(text, given.mirror, platform, **_ways(given))
     with source.registry:
         return _bring(given, store, source)
+
+
+def _ways(given: argparse.Namespace) -> dict[str, bool]:
+    """How much of TLS a registry must have."""
+    return {"plain_http": given.plain_http, "insecure": given.tls_verify == "false"}
+
+
+def tags_(given: argparse.Namespace) -> int:
+    from unionfsd.images import registry
+
+    place = reference.place(given.repository)
+    if place is not None and place.transport != "docker":
+        raise UserError(f"{given.repository}: not in a registry", hint="docker://HOST/NAME")
+    found = registry.tags(place.where if place else given.repository, **_ways(given))
+    return out(given, found, "\n".join)
 
 
 def _bring(given: argparse.Namespace, store: Store, source: sources.Source) -> int:
@@ -58,7 +84,7 @@ def _bring(given: argparse.Namespace, store: Store, source: sources.Source) -> i
             names,
             events=told,
             limits=limits_of(given),
-            at_once=given.jobs,
+            at_once=jobs_of(given),
             keep_blobs=not given.discard_blobs,
             allowed=lambda source: admission.admit(store, source, names, rules),
         )
@@ -76,11 +102,12 @@ def push_(given: argparse.Namespace) -> int:
     text = place.where if place else given.to or (image.names[0] if image.names else None)
     if text is None:
         raise UserError(f"{given.image}: has no name to push it as")
+    name = reference.name(text)
     told = events.make(as_json=given.json, quiet=given.quiet)
     try:
         with (
             store.lock(shared=True),
-            registry.Registry(reference.name(text), push=True, plain_http=given.plain_http) as target,
+            registry.writable(name, also=pushing.repositories(store, name), **_ways(given)) as target,
         ):
             pushing.push(store, image, target, told, referrers=given.referrers)
     finally:

@@ -159,6 +159,10 @@ def _as_shell(value: dict[str, Any]) -> str:
 
 def run_(given: argparse.Namespace) -> int:
     """Run a command in a container of the image; returns its exit code."""
+    if os.geteuid():
+        raise UserError(
+            "an ordinary user cannot run what is in an image", hint="podman unshare unionfsctl image run ..."
+        )
     store = store_of(given)
     image = store.image(given.image)
     _allow(store, image, given)

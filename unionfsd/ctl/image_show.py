@@ -192,7 +192,8 @@ def _drawn(nodes: list[dict[str, Any]], indent: str) -> list[str]:
     lines = []
     for at, node in enumerate(nodes):
         last = at == len(nodes) - 1
-        names = f"  {show.styled(show.name('; '.join(node['images'])), 'bold')}" if node["images"] else ""
+        called = "; ".join(short(name) if name.startswith("sha256:") else show.name(name) for name in node["images"])
+        names = f"  {show.styled(called, 'bold')}" if called else ""
         lines.append(f"{indent}{'└─' if last else '├─'} {short(node['chain_id'])} {show.size(node['size'])}{names}")
         lines += _drawn(node["children"], indent + ("   " if last else "│  "))
     return lines

@@ -149,13 +149,9 @@ def open_plain(path: str, spool: Fd) -> Fd:
     st = os.fstat(fd.fd)
     if stat.S_ISDIR(st.st_mode):
         raise UserError(f"{path}: a directory, where an archive was to be")
-    if stat.S_ISREG(st.st_mode) and path != "-" and not _compressed(os.pread(fd.fd, 4, 0)):
+    if stat.S_ISREG(st.st_mode) and path != "-" and not compress.is_compressed(os.pread(fd.fd, BLOCK, 0)):
         return fd
     return spooled(compress.pieces(_Stream(fd)), spool)
-
-
-def _compressed(head: bytes) -> bool:
-    return head.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd"))
 
 
 class _Stream:
@@ -200,5 +196,7 @@ def is_tar(path: str) -> bool:
     with open(path, "rb") as file:
         head = file.read(BLOCK)
     return (
-        _compressed(head) or head[257:262] == b"ustar" or (len(head) == BLOCK and head[148:156].strip(b" \0").isdigit())
+        compress.is_compressed(head)
+        or head[257:262] == b"ustar"
+        or (len(head) == BLOCK and head[148:156].strip(b" \0").isdigit())
     )

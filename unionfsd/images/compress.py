@@ -1,28 +1,38 @@
 """Compressed streams: recognised by their first bytes, decompressed in bounded memory, and verified as they pass.
 
-gzip with any number of members, zstd with any number of frames, or plain. What follows the last member, or a stream
-that ends in the middle of one, is an error.
+gzip, zstd, xz and bzip2, with any number of members, or plain. What follows the last member, or a stream that ends in
+the middle of one, is an error.
 """
 
 from __future__ import annotations
 
+import bz2
 import contextlib
+import lzma
 import queue
+import re
 import threading
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import IO, Final, Protocol, cast
 
 from unionfsd.errors import UserError
 from unionfsd.images import digest as digests
+from unionfsd.images.frames import Frames
 
 CHUNK: Final = 1 << 18
 #: What one step may give: a bomb is met in pieces of this size, and the limit on the whole stops it.
 _PIECE: Final = 1 << 20
 _GZIP: Final = b"\x1f\x8b"
 _ZSTD: Final = b"\x28\xb5\x2f\xfd"
+_XZ: Final = b"\xfd7zXZ\0"
+#: With what begins its first block, or its end: a tar may begin with the name "BZh1".
+_BZIP2: Final = re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)")
 #: zstd windows of more than this are refused (8 MiB is what decoders must know, RFC 8878, 3.1.1.1.2).
 _ZSTD_WINDOW: Final = 1 << 27
+#: Of xz as much as its highest preset takes to be undone (xz(1), -9).
+_XZ_MEMORY: Final = 100 << 20
 
 
 class Readable(Protocol):
@@ -125,19 +135,30 @@ class Ahead:
         return item
 
 
+def is_compressed(head: bytes) -> bool:
+    """Whether a stream that begins with `head` is one that `pieces` decompresses."""
+    return _decompressor(head) is not None
+
+
 def pieces(stream: Readable) -> Iterator[bytes]:
     """What is in `stream` once it is decompressed, in pieces of at most 1 MiB; UserError for a damaged stream."""
     head = stream.read(CHUNK)
-    while head and len(head) < len(_ZSTD):
+    while head and len(head) < len(_XZ):
         more = stream.read(CHUNK)
         if not more:
             break
         head += more
+    return (_decompressor(head) or _plain)(stream, head)
+
+
+def _decompressor(head: bytes) -> Callable[[Readable, bytes], Iterator[bytes]] | None:
     if head.startswith(_GZIP):
-        return _inflated(stream, head)
-    if head.startswith(_ZSTD):
-        return _unzstd(stream, head)
-    return _plain(stream, head)
+        return _inflated
+    if head.startswith(_ZSTD) or (head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50):  # or a skippable frame
+        return _unzstd
+    if head.startswith(_XZ):
+        return partial(_members, "xz", _xz)
+    return partial(_members, "bzip2", bz2.BZ2Decompressor) if _BZIP2.match(head) else None
 
 
 def _plain(stream: Readable, data: bytes) -> Iterator[bytes]:
@@ -172,31 +193,65 @@ def _member(stream: Readable, member: zlib._Decompress, data: bytes) -> Iterator
                 raise UserError("gzip: the stream ends too early")
 
 
+def _xz() -> lzma.LZMADecompressor:
+    return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
+
+
+def _members(
+    kind: str, make: Callable[[], lzma.LZMADecompressor | bz2.BZ2Decompressor], stream: Readable, data: bytes
+) -> Iterator[bytes]:
+    """What is in a stream of members, each undone by an object of its own."""
+    try:
+        while data:
+            member = make()
+            while not member.eof:
+                piece = member.decompress(data, _PIECE)
+                if piece:
+                    yield piece
+                data = b""
+                if member.needs_input and not (data := stream.read(CHUNK)):
+                    raise UserError(f"{kind}: the stream ends too early")
+            data = member.unused_data or stream.read(CHUNK)
+            if kind == "xz":  # "Stream Padding" of its format
+                data = data.lstrip(b"\0") or stream.read(CHUNK)
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise UserError(f"{kind}: the stream is damaged: {error}") from None
+
+
 def _unzstd(stream: Readable, data: bytes) -> Iterator[bytes]:
     import zstandard
 
     decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
-    source = cast("IO[bytes]", _Pushed(stream, data))  # it only reads
+    pushed = _Pushed(stream, data)
+    source = cast("IO[bytes]", pushed)  # it only reads
     try:
         with decompressor.stream_reader(source, read_size=CHUNK, read_across_frames=True, closefd=False) as reader:
             while piece := reader.read(_PIECE):
                 yield piece
     except zstandard.ZstdError as error:
         raise UserError(f"zstd: the stream is damaged: {error}") from None
+    if not pushed.whole:
+        raise UserError("zstd: the stream ends too early")
 
 
 class _Pushed:
-    """A stream with the bytes put back that were read to recognise it."""
+    """A stream of zstd with the bytes put back that were read to recognise it; `whole` when it can end here."""
 
     def __init__(self, stream: Readable, data: bytes) -> None:
         self._stream = stream
         self._data = data
+        self._frames = Frames()
 
     def read(self, size: int, /) -> bytes:
-        if self._data:
-            data, self._data = self._data[:size], self._data[size:]
-            return data
-        return self._stream.read(size)
+        data, self._data = (self._data or self._stream.read(size)), b""
+        if len(data) > size:
+            data, self._data = data[:size], data[size:]
+        self._frames.feed(data)
+        return data
+
+    @property
+    def whole(self) -> bool:
+        return self._frames.whole
 
 
 class Source:

@@ -7,6 +7,7 @@ what we act upon is checked; it is kept and passed on as the bytes it came as, b
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -25,6 +26,7 @@ DOCKER_LAYER: Final = "application/vnd.docker.image.rootfs.diff.tar.gzip"
 INDEXES: Final = (OCI_INDEX, DOCKER_LIST)
 MANIFESTS: Final = (OCI_MANIFEST, DOCKER_MANIFEST)
 
+_ATTESTATION: Final = "vnd.docker.reference.type"
 REF_NAME: Final = "org.opencontainers.image.ref.name"
 
 #: Registries take no larger ones (distribution-spec: 4 MiB).
@@ -64,6 +66,7 @@ class Manifest(NamedTuple):
     layers: tuple[Descriptor, ...]
     annotations: Mapping[str, str]
     subject: Descriptor | None = None
+    artifact_type: str | None = None
 
     @property
     def digest(self) -> str:
@@ -187,6 +190,7 @@ def manifest(raw: bytes, announced: str | None = None) -> Manifest:
         tuple(descriptor(layer, "manifest: layer") for layer in layers),
         _strings(document.get("annotations"), "manifest"),
         None if subject is None else descriptor(subject, "manifest: subject"),
+        document["artifactType"] if isinstance(document.get("artifactType"), str) else None,
     )
 
 
@@ -214,9 +218,20 @@ def config(raw: bytes) -> Config:
     return Config(raw, document, diff_ids, history)
 
 
+_BESIDE: Final = re.compile(r"(.*:)?sha(256-[0-9a-f]{64}|512-[0-9a-f]{128})(\.\w+)?", re.ASCII)
+
+
+def is_image(entry: Descriptor) -> bool:
+    """Whether an entry of an index may be an image: not what is about another one, a signature or an attestation."""
+    if entry.media_type not in (*MANIFESTS, *INDEXES) or entry.artifact_type not in (None, OCI_CONFIG, DOCKER_CONFIG):
+        return False
+    # By cosign's tags, by the tag for lists of referrers (distribution-spec), as BuildKit marks them.
+    return not _BESIDE.fullmatch(entry.annotations.get(REF_NAME, "")) and _ATTESTATION not in entry.annotations
+
+
 def choose(entries: Sequence[Descriptor], wanted: Mapping[str, str]) -> Descriptor:
     """The entry of an index for the platform `wanted` (os, architecture, perhaps variant); UserError."""
-    able = [entry for entry in entries if entry.media_type in (*MANIFESTS, *INDEXES)]
+    able = [entry for entry in entries if is_image(entry)]
     fits = [entry for entry in able if _fits(entry.platform, wanted)]
     if not fits and len(able) == 1 and not able[0].platform:
         return able[0]

@@ -20,11 +20,12 @@ from typing import Any, Final, NamedTuple
 
 from unionfsd.errors import UserError, reason
 from unionfsd.images import digest as digests
-from unionfsd.images import documents, reference, tarsplit
+from unionfsd.images import documents, reference, tarsplit, who
 from unionfsd.images.compress import Readable
 from unionfsd.images.sources import Made, Source
 
 _MAX: Final = 256 << 20
+_SYSTEM: Final = ("/etc/containers/storage.conf", "/usr/share/containers/storage.conf")
 
 
 class KeptLayer(NamedTuple):
@@ -63,8 +64,10 @@ def roots() -> list[str]:
             continue
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: {error}") from None
-        key = "graphroot" if os.geteuid() == 0 else "rootless_storage_path"
-        found.append(_expanded(str(storage.get(key) or _default_root())))
+        # In the file of a user the one key counts, in the system's for users the other.
+        own = path not in _SYSTEM or not who.is_user()
+        given = (storage.get("graphroot") if own else None) or (who.is_user() and storage.get("rootless_storage_path"))
+        found.append(_expanded(str(given or _default_root())))
         found += map(str, (storage.get("options") or {}).get("additionalimagestores") or [])
         return found
     return [_default_root()]
@@ -73,19 +76,18 @@ def roots() -> list[str]:
 def _configurations() -> list[str]:
     if given := os.environ.get("CONTAINERS_STORAGE_CONF"):
         return [given]
-    system = ["/etc/containers/storage.conf", "/usr/share/containers/storage.conf"]
-    if os.geteuid() == 0:
-        return system
+    if not who.is_user():
+        return list(_SYSTEM)
     home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
-    return [os.path.join(home, "containers", "storage.conf"), *system]
+    return [os.path.join(home, "containers", "storage.conf"), *_SYSTEM]
 
 
 def _expanded(path: str) -> str:
-    return os.path.expandvars(path.replace("$UID", str(os.getuid())))
+    return os.path.expandvars(path.replace("$UID", os.environ.get("_CONTAINERS_ROOTLESS_UID") or str(os.getuid())))
 
 
 def _default_root() -> str:
-    if os.geteuid() == 0:
+    if not who.is_user():
         return "/var/lib/containers/storage"
     data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
     return os.path.join(data, "containers", "storage")
@@ -160,6 +162,8 @@ def every(root: str) -> Iterator[Kept]:
         yield from _containers(root)
     elif os.path.isdir(os.path.join(root, "image", "overlay2")):
         yield from _docker(root)
+    elif not os.path.isdir(root):
+        raise UserError(f"{root}: there is no store", hint="containers-storage:DIR@NAME names another")
     else:
         raise UserError(f"{root}: neither podman's store nor Docker's, with the driver overlay or overlay2")
 

@@ -76,10 +76,11 @@ class LineEvents(Events):
 
     def begin(self, item: str, what: str, total: int | None) -> None:
         size = "" if total is None else f" ({total:,} bytes)"
-        print(f"{_short(item)}: {what}{size}", file=self._stream, flush=True)
+        self.note(f"{_short(item)}: {what}{size}")
 
     def note(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        self._stream.write(f"{text}\n")  # in one piece: threads share the stream
+        self._stream.flush()
 
 
 class BarEvents(Events):

@@ -9,7 +9,7 @@ from typing import Final
 
 from unionfsd import syscalls
 from unionfsd.errors import UserError
-from unionfsd.images import reference
+from unionfsd.images import documents, reference
 from unionfsd.images.documents import Config, Manifest
 from unionfsd.images.events import Events
 from unionfsd.images.layering import CancelledError, Fetched, Layering, Wanted
@@ -63,6 +63,8 @@ def layers_of(source: Source) -> list[Wanted]:
 def wanted(manifest: Manifest, config: Config) -> list[Wanted]:
     """The same of its documents."""
     layers, diff_ids = manifest.layers, config.diff_ids
+    if not diff_ids and manifest.config.media_type not in (documents.OCI_CONFIG, documents.DOCKER_CONFIG):
+        raise UserError(f"no container image, but an artifact: {manifest.artifact_type or manifest.config.media_type}")
     if len(layers) != len(diff_ids):
         raise UserError(f"the manifest has {len(layers)} layers, the configuration {len(diff_ids)}")
     if not layers:

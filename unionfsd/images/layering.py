@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -107,8 +108,10 @@ class Layering:
             self._unpack(wanted, unpacker)
             self._events.end(wanted.label)
             return Fetched(wanted, stage, unpacker, diff)
-        except BaseException:
+        except BaseException as error:
             stage.__exit__()
+            if isinstance(error, UserError) and wanted.label not in error.message:
+                error.message = f"{wanted.label}: {error.message}"
             raise
 
     def _there(self, wanted: Wanted) -> bool:
@@ -174,7 +177,7 @@ class Layering:
             incoming.restart()
         had = incoming.have
         stream = Verified(
-            _Tee(incoming, had, lambda: self._open(descriptor, had)),
+            _Tee(incoming, had, lambda: self._open(descriptor, had) if had < descriptor.size else io.BytesIO()),
             descriptor.digest,
             descriptor.size,
             self._seen(wanted.label),

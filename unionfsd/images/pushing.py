@@ -6,10 +6,11 @@ import concurrent.futures
 import os
 from collections.abc import Iterator
 
-from unionfsd.images import archives, documents, exporting, trust
+from unionfsd.images import archives, documents, exporting, reference, trust
 from unionfsd.images.compress import Verified
 from unionfsd.images.documents import Descriptor
 from unionfsd.images.events import Events
+from unionfsd.images.reference import Name
 from unionfsd.images.registry import Registry, referrers_tag
 from unionfsd.images.store import Image, Store
 
@@ -23,16 +24,35 @@ def push(
     """
     exporting.require_blobs(store, image)
     *blobs, manifest = exporting.blobs(image)
+    beside = _beside(store, registry)
     with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-        for done in [pool.submit(_upload, store, blob, registry, events) for blob in blobs]:
+        for done in [pool.submit(_upload, store, blob, registry, events, beside.get(blob.digest)) for blob in blobs]:
             done.result()
     reference = registry.name.tag or manifest.digest
     registry.put_manifest(image.manifest.raw, image.manifest.media_type, reference)
     _push_signatures(store, image, registry, referrers=referrers)
 
 
-def _upload(store: Store, blob: Descriptor, registry: Registry, events: Events) -> None:
-    if registry.has_blob(blob.digest):
+def repositories(store: Store, name: Name) -> list[str]:
+    """The other repositories in the registry of `name` that images of the store are called after."""
+    named = (reference.name(text) for image in store.images() for text in image.names)
+    return list(dict.fromkeys(other.path for other in named if other.host == name.host and other.path != name.path))
+
+
+def _beside(store: Store, registry: Registry) -> dict[str, str]:
+    """Blobs, and another repository of the registry that has each, if it is as its name here says."""
+    name = registry.name
+    return {
+        blob.digest: other.path
+        for image in store.images()
+        for other in map(reference.name, image.names)
+        if other.host == name.host and other.path != name.path
+        for blob in exporting.blobs(image)[:-1]
+    }
+
+
+def _upload(store: Store, blob: Descriptor, registry: Registry, events: Events, beside: str | None) -> None:
+    if registry.has_blob(blob.digest) or (beside is not None and registry.mount(blob.digest, beside)):
         events.begin(blob.digest, "there", None)
         return
     events.begin(blob.digest, "upload", blob.size)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 from unionfsd.errors import UserError, reason
-from unionfsd.images import reference
+from unionfsd.images import reference, who
 from unionfsd.images.reference import Name
 
 _SYSTEM: Final = "/etc/containers"
@@ -151,7 +151,7 @@ def _files() -> Iterator[str]:
             yield from _beside(_SYSTEM)
         yield from _beside(home)
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    yield os.path.join("/var/cache" if os.geteuid() == 0 else cache, "containers", "short-name-aliases.conf")
+    yield os.path.join(cache if who.is_user() else "/var/cache", "containers", "short-name-aliases.conf")
 
 
 def _beside(directory: str) -> Iterator[str]:

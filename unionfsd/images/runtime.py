@@ -157,9 +157,10 @@ for name in proc sys dev; do
     [ ! -L "$root/$name" ] || continue
     [ -d "$root/$name" ] || mkdir "$root/$name" 2>/dev/null || continue
     case $name in
-    proc) mount -t proc -o nosuid,nodev,noexec proc "$root/proc" ;;
-    *) mount --rbind --make-rslave "/$name" "$root/$name" ;;
+    # In a user namespace it has to be the /proc that is there.
+    proc) mount -t proc -o nosuid,nodev,noexec proc "$root/proc" 2>/dev/null && continue ;;
     esac
+    mount --rbind --make-rslave "/$name" "$root/$name"
 done
 exec "$@"
 """

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import platform as machine
-from collections.abc import Callable, Mapping
-from typing import Any, Final, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 from unionfsd.errors import UserError, reason
 from unionfsd.images import archives, beneath, compress, documents, pack, reference
@@ -19,7 +19,7 @@ from unionfsd.images.blobs import ArchiveBlobs, Blobs, DirectoryBlobs, FlatBlobs
 from unionfsd.images.compress import Readable
 from unionfsd.images.documents import Config, Descriptor, Manifest
 from unionfsd.images.reference import Place
-from unionfsd.images.tarread import TarError
+from unionfsd.images.tarread import BLOCK, TarError
 from unionfsd.syscalls import Fd
 
 _CONTAINERD_NAME: Final = "io.containerd.image.name"
@@ -45,6 +45,7 @@ def platform_of(text: str) -> dict[str, str]:
     parts = text.split("/")
     if not 2 <= len(parts) <= 3 or not all(parts):
         raise UserError(f"--platform {text}: not OS/ARCHITECTURE[/VARIANT]", hint="for example linux/arm64")
+    parts[1] = _ARCHITECTURES.get(parts[1], parts[1])
     return dict(zip(("os", "architecture", "variant"), parts, strict=False))
 
 
@@ -95,43 +96,56 @@ def verified(data: bytes, descriptor: Descriptor) -> bytes:
 # An OCI layout, as a directory or in an archive; and skopeo's directories.
 
 
-def _layout(blobs: Blobs, index: bytes, place: Place, platform: Mapping[str, str]) -> Source:
+def _layout(blobs: Blobs, index: bytes, place: Place, platform: Mapping[str, str]) -> Resolved:
     entries = documents.index(index)
     chosen = _chosen(entries, place, platform)
-    raw = verified(blobs.document(chosen.digest), chosen)
-    found = Resolved(blobs, raw, chosen.media_type, platform, _names_of(chosen))
+    found = _resolved(blobs, chosen, platform)
+    same = [entry for entry in entries if entry.digest == chosen.digest]
+    found.names = tuple(dict.fromkeys(name for entry in same for name in _names_of(entry)))
     found.beside = entries
     return found
 
 
+def _resolved(blobs: Blobs, entry: Descriptor, platform: Mapping[str, str]) -> Resolved:
+    return Resolved(blobs, verified(blobs.document(entry.digest), entry), entry.media_type, platform, ())
+
+
 def _chosen(entries: tuple[Descriptor, ...], place: Place, platform: Mapping[str, str]) -> Descriptor:
-    able = [
-        entry
-        for entry in entries
-        if entry.media_type in (*documents.INDEXES, *documents.MANIFESTS)
-        and not entry.annotations.get(documents.REF_NAME, "").endswith((".sig", ".att", ".sbom"))
-    ]
+    able = [entry for entry in entries if documents.is_image(entry)]
     if place.which is not None:
-        wanted = {place.which, *_whole(place.which)}
-        found = [
-            entry
-            for entry in able
-            if entry.digest == place.which
-            or entry.annotations.get(documents.REF_NAME) in wanted
-            or entry.annotations.get(_CONTAINERD_NAME) in wanted
-        ]
-        if not found:
+        named = _numbered(able, place.which) or [entry for entry in able if _is_named(entry, place.which)]
+        if not named:
             tags = [name for entry in able if (name := entry.annotations.get(documents.REF_NAME))]
             raise UserError(
                 f"{place}: no image of that name", hint=f"there are: {', '.join(tags) or 'none with names'}"
             )
-        return found[0]
+        return named[0]
+    able = list({entry.digest: entry for entry in reversed(able)}.values())[::-1]
     if len(able) > 1 and not any(documents.REF_NAME in entry.annotations for entry in able):
         return documents.choose(able, platform)
     if len(able) != 1:
-        tags = [entry.annotations.get(documents.REF_NAME, entry.digest) for entry in able]
+        tags = [
+            entry.annotations.get(_CONTAINERD_NAME) or entry.annotations.get(documents.REF_NAME, entry.digest)
+            for entry in able
+        ]
         raise UserError(f"{place}: {len(able)} images are there", hint=f"add one of: {', '.join(tags)}")
     return able[0]
+
+
+def _is_named(entry: Descriptor, which: str) -> bool:
+    wanted = {which, *_whole(which)}
+    return entry.digest == which or not wanted.isdisjoint(
+        (entry.annotations.get(documents.REF_NAME), entry.annotations.get(_CONTAINERD_NAME))
+    )
+
+
+_Any = TypeVar("_Any")
+
+
+def _numbered(found: Sequence[_Any], which: str) -> list[_Any]:
+    """That of the images that ``@NUMBER`` means, as skopeo writes it, the first is 0; none for another word."""
+    number = which.removeprefix("@")
+    return [found[int(number)]] if number != which and number.isdecimal() and int(number) < len(found) else []
 
 
 def _names_of(entry: Descriptor) -> tuple[str, ...]:
@@ -206,11 +220,8 @@ class Made:
 
 def _docker_archive(place: Place, platform: Mapping[str, str], spool: Fd) -> Source:
     archive = Archive(archives.open_plain(place.where, spool))
-    if "index.json" in archive and "oci-layout" in archive:  # since Docker 25
-        names = _names_in_manifest(archive, place.which)
-        found = _layout(ArchiveBlobs(archive), archive.document("index.json"), place._replace(which=None), platform)
-        found.names = names or found.names
-        return found
+    if "index.json" in archive and "oci-layout" in archive:
+        return _since_25(archive, place, platform)
     if "manifest.json" in archive:  # since Docker 1.10
         return _since_1_10(archive, place)
     if "repositories" in archive:
@@ -218,26 +229,51 @@ def _docker_archive(place: Place, platform: Mapping[str, str], spool: Fd) -> Sou
     raise UserError(f"{place}: neither manifest.json nor repositories is in it")
 
 
-def _names_in_manifest(archive: Archive, which: str | None) -> tuple[str, ...]:
-    if "manifest.json" not in archive:
-        return ()
-    return tuple(_tags(_entry_of(archive, which)))
+def _since_25(archive: Archive, place: Place, platform: Mapping[str, str]) -> Source:
+    """A layout with a ``manifest.json``, which has the names in full, and by which an image may be asked for."""
+    blobs, index = ArchiveBlobs(archive), archive.document("index.json")
+    entries = _entries(archive) if "manifest.json" in archive else []
+    try:
+        found = _layout(blobs, index, place, platform)
+    except UserError:
+        if place.which is None or not entries:
+            raise
+        wanted = _entry_of(entries, place.which).get("Config")
+        able = (_resolved(blobs, entry, platform) for entry in documents.index(index) if documents.is_image(entry))
+        same = next((each for each in able if _blob_name(each) == wanted), None)
+        if same is None:
+            raise
+        found = same
+    tags = [tag for entry in entries if entry.get("Config") == _blob_name(found) for tag in _tags(entry)]
+    found.names = tuple(dict.fromkeys(tags)) or found.names
+    return found
 
 
-def _entry_of(archive: Archive, which: str | None) -> Mapping[str, Any]:
+def _blob_name(found: Resolved) -> str:
+    return "blobs/" + found.config.digest.replace(":", "/")
+
+
+def _entries(archive: Archive) -> list[Mapping[str, Any]]:
     entries = documents.load(b'{"all":' + archive.document("manifest.json") + b"}", "manifest.json")["all"]
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError("manifest.json: not a list of images")
+    return entries
+
+
+def _entry_of(entries: Sequence[Mapping[str, Any]], which: str | None) -> Mapping[str, Any]:
     if which is not None:
         wanted = _whole(which)
-        found = [entry for entry in entries if not wanted.isdisjoint(_tags(entry))]
+        found = _numbered(entries, which) or [entry for entry in entries if not wanted.isdisjoint(_tags(entry))]
         if not found:
-            raise UserError(f"{which}: no image of that name in the archive")
-        return dict(found[0])
+            tags = [tag for entry in entries for tag in _tags(entry)]
+            raise UserError(
+                f"{which}: no image of that name in the archive", hint=f"there are: {', '.join(tags) or 'none'}"
+            )
+        return found[0]
     if len(entries) != 1:
         tags = [tag for entry in entries for tag in _tags(entry)]
         raise UserError(f"the archive has {len(entries)} images", hint=f"add one of: {', '.join(tags)}")
-    return dict(entries[0])
+    return entries[0]
 
 
 def _tags(entry: Mapping[str, Any]) -> list[str]:
@@ -252,7 +288,7 @@ def _whole(which: str) -> set[str]:
 
 
 def _since_1_10(archive: Archive, place: Place) -> Source:
-    entry = _entry_of(archive, place.which)
+    entry = _entry_of(_entries(archive), place.which)
     members, config_name = entry.get("Layers"), entry.get("Config")
     if not isinstance(members, list) or not isinstance(config_name, str):
         raise UserError("manifest.json: an image without layers or configuration")
@@ -265,8 +301,7 @@ def _since_1_10(archive: Archive, place: Place) -> Source:
 
 
 def _member(archive: Archive, name: str, diff_id: str) -> tuple[str, int, Callable[[], Readable]]:
-    head = archive.open(name).read(4)
-    if archives._compressed(head):
+    if compress.is_compressed(archive.open(name).read(BLOCK)):
         source = compress.Source(compress.pieces(archive.open(name)), algorithm=None)
         source.drain()
         return diff_id, source.count, lambda: archive.open(name)
@@ -337,7 +372,10 @@ def _config_of(steps: list[tuple[str, Mapping[str, Any]]], diff_ids: list[str]) 
 
 
 def _tar(place: Place, platform: Mapping[str, str], spool: Fd) -> Source:
-    return _one_layer(archives.open_plain(place.where, spool), f"import of {os.path.basename(place.where)}", platform)
+    opened = archives.open_plain(place.where, spool)
+    if not os.fstat(opened.fd).st_size:
+        raise UserError(f"{place}: nothing is in it")
+    return _one_layer(opened, f"import of {os.path.basename(place.where)}", platform)
 
 
 def _root(place: Place, platform: Mapping[str, str], spool: Fd) -> Source:
@@ -405,6 +443,8 @@ def guess(path: str, spool: Fd) -> Place:
             if os.path.isfile(os.path.join(path, mark)):
                 return Place(transport, path, None)
         return Place("root", path, None)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path}: neither a file nor a directory", hint="say what comes: tar:- or docker-archive:-")
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file, and no transport", hint="see unionfsctl image import --help")
     if not archives.is_tar(path):

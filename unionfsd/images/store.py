@@ -31,7 +31,7 @@ from typing import Any, Final, NamedTuple
 
 from unionfsd import syscalls
 from unionfsd.errors import BUSY, UserError, reason
-from unionfsd.images import beneath, documents, reference
+from unionfsd.images import beneath, documents, reference, who
 from unionfsd.images import digest as digests
 from unionfsd.images.compress import Readable, Verified
 from unionfsd.images.documents import Config, Descriptor, Manifest
@@ -46,11 +46,14 @@ _READ_DIR: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def default_root() -> str:
-    """Where the store is unless told: for root ``/var/lib/unionfsd``, else ``$XDG_DATA_HOME/unionfsd``."""
-    if os.geteuid() == 0:
+    """Where the store is unless told: for root ``/var/lib/unionfsd``, else ``$XDG_DATA_HOME/unionfsd``.
+
+    A user's in a namespace is another, ``unionfsd-userns``: in that one owners are real.
+    """
+    if not who.is_user():
         return "/var/lib/unionfsd"
     data = os.environ.get("XDG_DATA_HOME") or os.path.join(os.path.expanduser("~"), ".local", "share")
-    return os.path.join(data, "unionfsd")
+    return os.path.join(data, "unionfsd-userns" if who.is_unshared() else "unionfsd")
 
 
 class Image(NamedTuple):

@@ -13,16 +13,24 @@ Sources: pax(1) of POSIX.1-2017 ("ustar Interchange Format", "pax Header Block")
 
 from __future__ import annotations
 
+import base64
+import binascii
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final, NamedTuple
+from urllib.parse import unquote_to_bytes
 
 from unionfsd.errors import UserError
 from unionfsd.images.compress import Source
 
 BLOCK: Final = 512
 _ZERO: Final = bytes(BLOCK)
+#: xattrs as star and most others write them, and in base64, with the name in %XX, as libarchive did and does, too.
 _SCHILY: Final = b"SCHILY.xattr."
+_LIBARCHIVE: Final = b"LIBARCHIVE.xattr."
+#: What the system takes (xattr(7)): XATTR_NAME_MAX, XATTR_SIZE_MAX.
+_MAX_XATTR_NAME: Final = 255
+_MAX_XATTR: Final = 1 << 16
 
 _KINDS: Final = {
     b"0": stat.S_IFREG,
@@ -122,7 +130,9 @@ class TarReader:
             self._count += 1
             if self._count > self._limits.entries:
                 raise TarError(f"the archive has more than {self._limits.entries} entries")
-            return self._member(block, {**self._globals, **extended})
+            found = {**self._globals, **extended}
+            # An empty value is none, of its own or of the globals (POSIX); but an xattr can be empty.
+            return self._member(block, {key: value for key, value in found.items() if value or _is_xattr(key)})
 
     def _finish_entry(self) -> None:
         wanted = self._left + self._padding
@@ -150,7 +160,7 @@ class TarReader:
             extended.update(_records(self._body(block)))
         elif kind == b"g":
             self._globals.update(_records(self._body(block)))
-            if len(self._globals) > 1000 or any(key.startswith(_SCHILY) for key in self._globals):
+            if len(self._globals) > 1000 or any(map(_is_xattr, self._globals)):
                 raise TarError("a global extended header that is about single files")
         elif kind == b"L":
             extended[b"path"] = _unterminated(self._body(block))
@@ -200,7 +210,7 @@ class TarReader:
             mtime_ns=_time(extended[b"mtime"]) if b"mtime" in extended else _header_time(block),
             target=target,
             rdev=_device(block) if kind in (stat.S_IFCHR, stat.S_IFBLK) else (0, 0),
-            xattrs={key[len(_SCHILY) :]: value for key, value in extended.items() if key.startswith(_SCHILY)},
+            xattrs=_xattrs(extended),
             stored=self._left,
             extents=extents,
         )
@@ -374,7 +384,32 @@ def _records(body: bytes) -> dict[bytes, bytes]:
         found[key] = value
         at += length
         _sparse_0_0(found, key, value)
-    return {key: value for key, value in found.items() if value or key.startswith(_SCHILY)}
+    return found
+
+
+def _is_xattr(key: bytes) -> bool:
+    return key.startswith((_SCHILY, _LIBARCHIVE))
+
+
+def _xattrs(extended: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
+    """The xattrs of an entry; what star's form says counts, where both are there."""
+    found: dict[bytes, bytes] = {}
+    for key, value in extended.items():
+        if key.startswith(_LIBARCHIVE):
+            found.setdefault(unquote_to_bytes(key[len(_LIBARCHIVE) :]), _unpadded(value))
+        elif key.startswith(_SCHILY):
+            found[key[len(_SCHILY) :]] = value
+    for name, value in found.items():
+        if not name or b"\0" in name or len(name) > _MAX_XATTR_NAME or len(value) > _MAX_XATTR:
+            raise TarError(f"an xattr that no file can have: {name[:100]!r} of {len(value)} bytes")
+    return found
+
+
+def _unpadded(text: bytes) -> bytes:
+    try:
+        return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
+    except binascii.Error:
+        raise TarError(f"an xattr in a form that cannot be read: {text[:40]!r}") from None
 
 
 def _sparse_0_0(found: dict[bytes, bytes], key: bytes, value: bytes) -> None:

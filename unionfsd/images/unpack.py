@@ -21,6 +21,8 @@ from typing import Final, NamedTuple
 
 from unionfsd import format as fmt
 from unionfsd import syscalls
+from unionfsd.errors import UserError, reason
+from unionfsd.images import beneath
 from unionfsd.images.below import Below
 from unionfsd.images.beneath import Path, Tree
 from unionfsd.images.inodedigests import InodeDigests
@@ -83,17 +85,9 @@ class Unpacker:
             try:
                 self._add(member, reader)
             except OSError as error:
-                raise self._failed(member, error) from error
-
-    def _failed(self, member: Member, error: OSError) -> Exception:
-        if error.errno in (errno.ENOTDIR, errno.ELOOP, errno.ENOENT):
-            return TarError(f"{member.name[:200]!r}: lies beneath what is no directory")
-        if error.errno == errno.EINVAL and (member.uid or member.gid):
-            return TarError(
-                f"{member.name[:200]!r}: owner {member.uid}:{member.gid} does not exist in this user namespace",
-                hint="give it more subordinate ids (subuid(5)), or unpack without a namespace",
-            )
-        return error
+                if error.errno in (errno.ENOTDIR, errno.ELOOP, errno.ENOENT):
+                    raise TarError(f"{member.name[:200]!r}: lies beneath what is no directory") from error
+                raise _failed(member.name, member, error) from error
 
     def _add(self, member: Member, reader: TarReader) -> None:
         path = path_of(member.name)
@@ -168,16 +162,11 @@ class Unpacker:
         self._directories[path] = Attributes(member.mode, member.uid, member.gid, member.mtime_ns, member.xattrs)
 
     def _replace_directory(self, directory: Fd, path: Path) -> None:
+        """Take a directory away for what comes in its place, with all in it (layer.md, "existing files")."""
         self._tree.forget(path)
-        try:
-            syscalls.rmdir_at(directory.fd, path[-1])
-        except OSError as error:
-            if error.errno != errno.ENOTEMPTY:
-                raise
-            raise TarError(
-                f"{b'/'.join(path)[:200]!r}: two entries, one of which is a directory with content"
-            ) from None
-        del self._directories[path]
+        beneath.remove(directory.fd, path[-1])
+        for known in [known for known in self._directories if known[: len(path)] == path]:
+            del self._directories[known]
 
     def _add_file(self, directory: Fd, name: bytes, member: Member, reader: TarReader) -> None:
         with self._create(directory, name) as fd:
@@ -302,9 +291,10 @@ class Unpacker:
             try:
                 syscalls.setxattr(fd, stored, value)
             except OSError as error:
+                said = f"xattr {name.decode(errors='replace')}: {error.strerror}"
                 if error.errno not in (errno.EOPNOTSUPP, errno.EPERM, errno.EINVAL):
-                    raise
-                self.notes[f"xattr {name.decode(errors='replace')}: {error.strerror}"] += 1
+                    raise OSError(error.errno, said) from None
+                self.notes[said] += 1
 
     # The end.
 
@@ -321,7 +311,10 @@ class Unpacker:
                 hidden.add(path)
         for path in sorted(self._directories, key=len, reverse=True):
             found = self._directories[path] or _inherited(below, path)
-            self._finish(self._tree.directory(path).fd, stat.S_IFDIR, found)
+            try:
+                self._finish(self._tree.directory(path).fd, stat.S_IFDIR, found)
+            except OSError as error:
+                raise _failed(b"/".join(path), found, error) from error
         self._tree.close()
         self._directories.clear()  # what is still to be done with the layer takes room, too
 
@@ -359,6 +352,16 @@ class Unpacker:
     def _mark(self, fd: int, names: Iterable[bytes], value: bytes) -> None:
         trusted, user = list(names)[:2]
         syscalls.setxattr(fd, trusted if self._privileged and _may_trust(fd, trusted) else user, value)
+
+
+def _failed(name: bytes, found: Member | Attributes, error: OSError) -> UserError:
+    """What to say of an object that could not be made."""
+    if error.errno == errno.EINVAL and (found.uid or found.gid):
+        return TarError(
+            f"{name[:200]!r}: owner {found.uid}:{found.gid} does not exist in this user namespace",
+            hint="give it more subordinate ids (subuid(5)), or unpack without a namespace",
+        )
+    return UserError(f"{name[:200]!r}: {reason(error)}", code=1)
 
 
 def _may_trust(fd: int, name: bytes) -> bool:
