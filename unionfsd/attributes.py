@@ -177,8 +177,10 @@ class Attributes:
 
     def set(self, node: Node, change: SetAttr) -> Op[Attr]:
         """Apply `change`; EROFS, and what the calls on the upper raise."""
-        if change.writeback and self._is_kept(node, change):
-            return self.get(node)
+        if change.writeback:
+            st = self._resolver.stat(node)
+            if change.mtime_ns in (None, st.st_mtime_ns):
+                return self.show(node, st)  # nothing new: an unlinked lower file is not copied up for that
         if self._guard is not None and not (change.writeback and node.open is not None and node.open.untimed):
             self._guard.change(node, touch=change.touches)
         yield from self._to_upper(node, change.size)
@@ -197,10 +199,6 @@ class Attributes:
         if isinstance(node, DirNode):
             node.heritage = None
         return self.get(node)
-
-    def _is_kept(self, node: Node, change: SetAttr) -> bool:
-        """Whether times from the writeback cache say nothing new: an unlinked lower file is not copied up for them."""
-        return change.mtime_ns in (None, self._resolver.stat(node).st_mtime_ns)
 
     def _to_upper(self, node: Node, size: int | None = None) -> Op[None]:
         if self._copy_up is None:
