@@ -17,7 +17,7 @@ FUSE_OVERLAYFS :=
 # How often `make torture` kills the process that serves, in each of three modes
 KILLS := 500
 
-.PHONY: help setup demo test test-lowest torture check lint bench bench-podman install screenshots clean
+.PHONY: help setup demo test test-lowest torture check lint bench bench-podman bench-roundtrip install screenshots clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ screenshots: setup ## make the pictures of the README from the real programs
 
 bench-podman: setup ## time podman over unionfsd and over fuse-overlayfs
 	$(sudo) $(python) -m scripts.bench_podman
+
+bench-roundtrip: setup ## what one message to a FUSE daemon costs on this machine, whatever the daemon
+	$(sudo) $(python) -m scripts.roundtrip
 
 clean: ## remove everything the other verbs made
 	@# Tests that ran under sudo leave files of root behind.
