@@ -164,9 +164,11 @@ class Unpacker:
     def _replace_directory(self, directory: Fd, path: Path) -> None:
         """Take a directory away for what comes in its place, with all in it (layer.md, "existing files")."""
         self._tree.forget(path)
+        with syscalls.open_dir(directory.fd, path[-1]) as top:
+            gone = [inner for inner, _, _, st in beneath.walk(top) if stat.S_ISDIR(st.st_mode)]
         beneath.remove(directory.fd, path[-1])
-        for known in [known for known in self._directories if known[: len(path)] == path]:
-            del self._directories[known]
+        for inner in ((), *gone):
+            del self._directories[(*path, *inner)]
 
     def _add_file(self, directory: Fd, name: bytes, member: Member, reader: TarReader) -> None:
         with self._create(directory, name, member.mode & 0o777 if self._privileged else 0o600) as fd:
