@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -18,6 +19,7 @@ import pytest
 
 from tests import harness
 from tests.harness import PROJECT, run, wait_for
+from tests.images import Made, member, tar
 from tests.system import private
 from tests.system.built import SOURCES, Built, view
 from tests.system.built import image as image
@@ -186,6 +188,41 @@ def test_a_command_runs_in_a_root(built: Built, image: Any, runner: str) -> None
     said = image("run", "--runner", runner, *options, "app", "--", "sh", "-c", script)
     assert said == "7\n8\n/etc\nb\nx\none\nmore\n"
     image("run", "--runner", runner, "app", "--", "sh", "-c", "exit 3", code=3)
+    assert image("containers") == ""
+
+
+def bare(disk: Path, image: Any, **config: Any) -> None:
+    """An image with nothing in it but busybox, which is no shell there."""
+    layer = tar(
+        [member("busybox", mode=0o755, data=Path("/bin/busybox").read_bytes()), member("text", data=b"no program")]
+    )
+    image("import", Made([layer], config=config).oci(disk / "bare"), "--name", "bare")
+
+
+def test_a_command_needs_nothing_of_the_root(disk: Path, image: Any) -> None:
+    bare(
+        *(disk, image),
+        Cmd=["/busybox", "sh", "-c", "pwd; echo $0 $LD_PRELOAD; kill -PIPE $$; echo alive"],
+        Env=["LD_PRELOAD=/of/the/root.so", "PATH=/"],
+        WorkingDir="/not/there yet",
+    )
+    image("run", "bare", code=141)
+    assert (
+        image("run", "bare", "--", "busybox", "sh", "-c", "pwd; echo $LD_PRELOAD")
+        == "/not/there yet\n/of/the/root.so\n"
+    )
+    assert "nothing: No such file" in image("run", "bare", "--", "nothing", code=127)
+    assert "/text: Permission denied" in image("run", "bare", "--", "/text", code=126)
+
+
+def test_an_interrupt_is_for_the_command(disk: Path, image: Any) -> None:
+    bare(disk, image, Cmd=["/busybox", "sh", "-c", "echo up; /busybox sleep 100"], Env=["PATH=/"])
+    words = [sys.executable, "-m", "unionfsd.ctl", "image", "run", "--root", str(disk / "store"), "bare"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True, cwd=PROJECT) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=20) == 130
     assert image("containers") == ""
 
 

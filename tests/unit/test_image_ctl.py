@@ -52,6 +52,10 @@ def test_images_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     image("rm", "three:3")
     assert json.loads(image("gc", "--json"))["layers"] == [one.chain_ids[1]]
     assert image("verify") == ""
+    assert main(["image", "--root", str(tmp_path / "store"), "ls", "--quiet"]) == 0
+    assert capsys.readouterr().out == "localhost/two:2\n"
+    assert main(["image", "--root", str(tmp_path / "other"), "ls", "--root", str(tmp_path / "store"), "--quiet"]) == 0
+    assert capsys.readouterr().out == "localhost/two:2\n"
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,15 @@ def test_nothing_is_compressed_on_the_way(serve: Serve) -> None:
     assert server.asked[0][2]["Accept-Encoding"] == "identity"
 
 
+def test_no_proxy_leads_to_this_machine(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    server = serve(lambda handler: handler.say(200, MADE.manifest))
+    for host in (server.host, server.host.replace("127.0.0.1", "localhost")):
+        with connected(host) as target:
+            assert target.manifest("1")[0] == MADE.manifest
+
+
 @pytest.mark.parametrize("wait", ["1", "date"])
 def test_a_registry_that_is_busy_is_asked_again_when_it_says(serve: Serve, wait: str) -> None:
     def busy(handler: Handler) -> None:

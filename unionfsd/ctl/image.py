@@ -262,8 +262,12 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser, made of the table."""
+    """The parser, made of the table; the store may be named before the verb, too."""
+    import argparse
+
     top, rows = made_of("unionfsctl image", _ABOUT, VERBS)
+    help_ = "the store (default: /var/lib/unionfsd, or of the user)"
+    top.add_argument("--root", metavar="DIR", help=help_)
     for _, row in rows:
-        row.add_argument("--root", metavar="DIR", help="the store (default: /var/lib/unionfsd, or of the user)")
+        row.add_argument("--root", metavar="DIR", default=argparse.SUPPRESS, help=help_)
     return top

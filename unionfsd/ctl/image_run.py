@@ -206,7 +206,7 @@ def _run_in(image: Image, root: str, container: containers.Container, given: arg
         entrypoint=not given.no_entrypoint,
     )
     if given.runner == "chroot":
-        return _attend(runtime.chroot_words(process, root))
+        return _attend(*runtime.chroot_command(process, root))
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     spec = runtime.spec(process, root, terminal=terminal, hostname=container.name)
     with open(os.path.join(container.directory, "config.json"), "w") as file:
@@ -216,19 +216,23 @@ def _run_in(image: Image, root: str, container: containers.Container, given: arg
     return _attend([*words, "--bundle", container.directory, identity])
 
 
-def _attend(words: list[str]) -> int:
+def _attend(words: list[str], environment: dict[str, str] | None = None) -> int:
     """Run a command to its end; returns what a shell would."""
     import subprocess
 
     with _signals_for_the_command():
-        done = subprocess.run(words, check=False)
+        done = subprocess.run(words, env=environment, check=False)
     return done.returncode if done.returncode >= 0 else 128 - done.returncode
 
 
 @contextlib.contextmanager
 def _signals_for_the_command() -> Iterator[None]:
-    """Signals of the terminal are for the command to heed; its end is ours."""
-    kept = [(number, signal.signal(number, signal.SIG_IGN)) for number in (signal.SIGINT, signal.SIGQUIT)]
+    """Signals of the terminal are for the command to heed, which would inherit that we ignore them; its end is ours."""
+
+    def heeded(number: int, frame: object) -> None:
+        pass
+
+    kept = [(number, signal.signal(number, heeded)) for number in (signal.SIGINT, signal.SIGQUIT)]
     try:
         yield
     finally:

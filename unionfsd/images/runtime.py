@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from unionfsd.errors import UserError
-from unionfsd.images import beneath
+from unionfsd.images import beneath, enter
 from unionfsd.images.documents import Config
 from unionfsd.syscalls import Fd
 
@@ -164,15 +165,11 @@ for name in proc sys dev; do
 done
 exec "$@"
 """
-_ENTER: Final = 'cd "$0" && exec "$@"'
 
 
-def chroot_words(run: Process, root: str) -> list[str]:
-    """The command that runs `run` by chroot(1), with proc, sys and dev in the root for as long as it runs."""
-    chroot = shutil.which("chroot", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
-    if chroot is None:
-        raise UserError("there is no chroot(1) here", hint="--runner crun does without")
-    groups = ",".join(map(str, run.groups or (run.gid,)))
-    enter = [chroot, f"--userspec={run.uid}:{run.gid}", f"--groups={groups}", root, "/bin/sh", "-c", _ENTER, run.cwd]
-    furnish = ["sh", "-c", _FURNISH, "chroot", root, "env", "-i", *run.env, *enter, *run.args]
-    return ["unshare", "--mount", "--propagation", "private", *furnish]
+def chroot_command(run: Process, root: str) -> tuple[list[str], dict[str, str]]:
+    """(words, environment) that run `run` in a root, with proc, sys and dev there for as long as it runs."""
+    given = {**run._asdict(), "root": root, "groups": list(dict.fromkeys((run.gid, *run.groups)))}
+    program = [sys.executable, "-I", "-S", enter.__file__]
+    words = ["unshare", "--mount", "--propagation", "private", "sh", "-c", _FURNISH, "chroot", root, *program]
+    return words, {**os.environ, enter.VARIABLE: json.dumps(given)}

@@ -85,6 +85,8 @@ class Session:
             # A blob has the digest of its bytes as they are.
             headers={"User-Agent": f"unionfsd/{__version__}", "Accept-Encoding": "identity"},
             follow_redirects=False,
+            # Go's rule, which everybody else follows: no proxy leads to this machine.
+            mounts={f"all://{host.rpartition(':')[0] or host}": None} if _is_here(host) else None,
             verify=certificates.context(host, verify=not at.insecure),
         )
         self._origin = f"{self._scheme(host, plain_http)}://{host}"

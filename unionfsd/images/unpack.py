@@ -164,12 +164,14 @@ class Unpacker:
     def _replace_directory(self, directory: Fd, path: Path) -> None:
         """Take a directory away for what comes in its place, with all in it (layer.md, "existing files")."""
         self._tree.forget(path)
+        with syscalls.open_dir(directory.fd, path[-1]) as top:
+            gone = [inner for inner, _, _, st in beneath.walk(top) if stat.S_ISDIR(st.st_mode)]
         beneath.remove(directory.fd, path[-1])
-        for known in [known for known in self._directories if known[: len(path)] == path]:
-            del self._directories[known]
+        for inner in ((), *gone):
+            del self._directories[(*path, *inner)]
 
     def _add_file(self, directory: Fd, name: bytes, member: Member, reader: TarReader) -> None:
-        with self._create(directory, name) as fd:
+        with self._create(directory, name, member.mode & 0o777 if self._privileged else 0o600) as fd:
             made = hashlib.sha256()
             at = 0
             for extent, piece in _placed(member.extents, reader.data()):
@@ -181,16 +183,17 @@ class Unpacker:
             if at < member.size:
                 _hash_zeros(made, member.size - at)
                 syscalls.truncate(fd.fd, member.size)
-            self._finish(fd.fd, stat.S_IFREG, member)
-            self.digests.add(os.fstat(fd.fd).st_ino, made.digest())
+            st = os.fstat(fd.fd)
+            self._finish(fd.fd, stat.S_IFREG, member, st)
+            self.digests.add(st.st_ino, made.digest())
 
     @staticmethod
-    def _create(directory: Fd, name: bytes) -> Fd:
+    def _create(directory: Fd, name: bytes, mode: int) -> Fd:
         try:
-            return syscalls.create_at(directory.fd, name, 0o600)
+            return syscalls.create_at(directory.fd, name, mode)
         except FileExistsError:
             syscalls.unlink_at(directory.fd, name)
-            return syscalls.create_at(directory.fd, name, 0o600)
+            return syscalls.create_at(directory.fd, name, mode)
 
     def _add_symlink(self, directory: Fd, name: bytes, member: Member) -> None:
         if not member.target:
@@ -260,17 +263,19 @@ class Unpacker:
 
     # Attributes.
 
-    def _finish(self, fd: int, kind: int, found: Member | Attributes) -> None:
-        """Owner, mode, xattrs and times, in an order in which none undoes another."""
+    def _finish(self, fd: int, kind: int, found: Member | Attributes, had: os.stat_result | None = None) -> None:
+        """Owner, mode, xattrs and times, in an order in which none undoes another; what it `had` is not set again."""
         mode = found.mode
         if self._privileged:
-            syscalls.chown(fd, found.uid, found.gid)
+            if had is None or (had.st_uid, had.st_gid) != (found.uid, found.gid):
+                syscalls.chown(fd, found.uid, found.gid)
         else:
             # The owner must stay able to read what it owns, and nobody may become it by running it.
             mode = mode & 0o1777 | (0o700 if kind == stat.S_IFDIR else 0o600)
             if (found.uid, found.gid, mode) != (0, 0, found.mode) and kind in (stat.S_IFREG, stat.S_IFDIR):
                 self._override(fd, found, _KIND_NAMES[kind], keep=True)
-        syscalls.chmod(fd, mode)
+        if had is None or stat.S_IMODE(had.st_mode) != mode:
+            syscalls.chmod(fd, mode)
         self._set_xattrs(fd, found.xattrs)
         syscalls.utimens(fd, found.mtime_ns, found.mtime_ns)
 
