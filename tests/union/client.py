@@ -295,7 +295,6 @@ class Client:
         self._setattr(self._follow(path), SetAttr(mode=mode))
 
     def chown(self, path: Path, uid: int, gid: int) -> None:
-        # With HANDLE_KILLPRIV_V2 a chown(2) that changes neither arrives empty, and still takes suid and sgid away.
         change = SetAttr(uid=None if uid == -1 else uid, gid=None if gid == -1 else gid)
         self._setattr(self._walk(path), change)
 

@@ -237,6 +237,7 @@ async def test_a_late_write_waits_for_space_that_comes_back(union: FakeUnion, mo
         return len(data)
 
     monkeypatch.setattr(union, "write_late", write_late)
+    monkeypatch.setattr("unionfsd.fuse.files._FORGET_S", 0.3)  # a busy machine is slower than the kernel
     async with served(union, config=CONFIG._replace(writeback="on")) as kernel:
         await kernel.init()
         written = await kernel.send(Opcode.WRITE, write_in(0, b"late", abi.FUSE_WRITE_CACHE), nodeid=8)

@@ -42,7 +42,7 @@ _FORGET_S: Final = 0.005
 class Files:
     """The handlers of opening, reading and writing."""
 
-    def __init__(self, exchange: Exchange, drop: Callable[[int], None], dropping: Set[int]) -> None:
+    def __init__(self, exchange: Exchange, drop: Callable[[int], None], dropping: set[int]) -> None:
         """`drop` is told of nodes whose data the kernel keeps, and could not hand over; `dropping` are those of now."""
         self._exchange = exchange
         self._dropping = dropping
@@ -161,11 +161,21 @@ class Files:
                     raise
             # The user was told that this is written. What was unlinked may still have its space: the kernel says late
             # what it has forgotten, after other requests, and of what it is to drop not before it has.
-            yield Blocking(partial(_wait_for_space, self._dropping, self._dropping - {nodeid}))
+            yield Blocking(partial(_wait_for_space, self._dropping, self._deleted() - {nodeid}))
             return (yield from write())
         except OSError:
             self._drop(nodeid)
             raise
+
+    def _deleted(self) -> set[int]:
+        """Nodes without a name of which the kernel is to drop what it keeps: with that their space goes."""
+        return {nodeid for nodeid in self._dropping.copy() if self._is_deleted(nodeid)}
+
+    def _is_deleted(self, nodeid: int) -> bool:
+        try:
+            return self._union.place(nodeid) is None
+        except OSError:
+            return False  # forgotten meanwhile
 
     def _unprivileged(self, op: Op[T], nodeid: int) -> Op[T]:
         """`op` changes the data of a file for somebody without CAP_FSETID: suid and sgid go first."""
