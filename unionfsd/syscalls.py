@@ -50,6 +50,7 @@ MS_NODIRATIME: Final = 2048
 MS_POSIXACL: Final = 1 << 16
 MS_RELATIME: Final = 1 << 21
 MS_STRICTATIME: Final = 1 << 24
+MNT_FORCE: Final = 1
 MNT_DETACH: Final = 2
 UMOUNT_NOFOLLOW: Final = 8
 
