@@ -18,7 +18,7 @@ import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
-from unionfsd import errors, estate, keeper, logs, syscalls
+from unionfsd import errors, estate, keeper, logs, syscalls, systemd
 from unionfsd.control.listener import Control
 from unionfsd.errors import UserError
 from unionfsd.fuse import mounting
@@ -43,6 +43,12 @@ def run(config: MountConfig, *, foreground: bool) -> int:
     left = estate.left()
     if left is not None:
         return _take_over(config, left, foreground=foreground)
+    if "LISTEN_FDS" in os.environ:
+        left, config = _kept(config)
+        if left is not None:
+            return _take_over(config, left, foreground=foreground)
+    if systemd.listening():
+        mounting.clear_dead(config.mountpoint)  # one that could not be taken over, or that nobody kept
     mounting.check_mountpoint(config.mountpoint)
     if not foreground:
         return _in_background(config)
@@ -64,6 +70,37 @@ def _take_over(config: MountConfig, left: Estate, *, foreground: bool) -> int:
         logs.to_syslog()
     code = _attend(config, up=lambda: None, alone=lambda: None, left=left)
     return code if code >= 0 else 128 - code
+
+
+def _kept(config: MountConfig) -> tuple[Estate | None, MountConfig]:
+    """What the service manager kept, if that is the mount to be served; otherwise it is taken away, with a warning.
+
+    Whoever still uses what is taken away gets ENOTCONN.
+    """
+    from unionfsd import fdstore
+    from unionfsd.ledger import Ledger
+
+    kept = fdstore.Kept()
+    if not kept:
+        return None, config
+    mount_id = None
+    try:
+        left = kept.estate()
+        if mounting.has_ended(left.fuse):
+            raise UserError("it has ended")
+        mount_id = left.mount_id
+        estate.check(left, config)
+        ledger = Ledger.adopt(syscalls.Fd(os.dup(left.ledger)))
+        ledger.forget_signals()
+        ledger.close()
+        return left, config
+    except (UserError, OSError) as error:
+        why = error.message if isinstance(error, UserError) else errors.reason(error)
+    kept.give_up()
+    if mount_id is not None:
+        mounting.take_away(mount_id)
+    warning = f"mounted anew, and not what the service manager kept: {why}"
+    return None, config._replace(warnings=(*config.warnings, warning))
 
 
 # In the background. Over a pipe the child says how it went: an exit code as one byte, then the message to it.
@@ -108,6 +145,7 @@ def _child(config: MountConfig, sender: int) -> NoReturn:
 
 def _daemon(config: MountConfig, sender: int) -> int:
     os.setsid()
+    os.environ.pop("FDSTORE", None)  # what is kept is for a process that stays in front
     _close_all_but(sender, config)
     told = False
 
@@ -197,6 +235,8 @@ def _attend(
         if config.keeper == "on" and config.transport != "pyfuse3":
             kept = _keep(union, mount, control, alone, will, left)
             if isinstance(kept, keeper.Over):
+                if kept.code == keeper.LEFT:
+                    os._exit(errors.OK)  # the service manager has all that is to go on
                 return kept.code  # what was opened and mounted is closed and taken away as by a daemon alone
             life = kept
         try:

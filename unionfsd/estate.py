@@ -1,7 +1,7 @@
 """What a process that makes room leaves to the program that takes its place: a mount goes on while it is upgraded.
 
 The keeper executes the new program in its own place. What that needs stands in ``$UNIONFSD_ESTATE``, and the
-descriptors it speaks of stay open.
+descriptors it speaks of stay open. Or a service manager keeps them: `fdstore`.
 
 Rules this file obeys: what is here is read once, by a program that may be newer than the one that wrote it. What it
 cannot read it refuses with UserError, before it has touched anything.
@@ -25,7 +25,8 @@ class Estate(NamedTuple):
     """Numbers of descriptors: the connection, the ledger, the roots of the layers, the work directory, the locks.
 
     `mount_id` is the mount's; `serving` the pid of a child that still serves, `lives` how many served before it.
-    `directory` is where paths of the command line start. `trial`: only to see whether all can be taken over.
+    `directory` is where paths of the command line start. `asked` is what the mount was made with, by the names of
+    options; None when that is not known. `trial`: only to see whether all can be taken over.
     """
 
     fuse: int
@@ -40,6 +41,7 @@ class Estate(NamedTuple):
     lives: int
     directory: str
     trial: bool = False
+    asked: dict[str, str] | None = None
 
     @property
     def fds(self) -> tuple[int, ...]:
@@ -49,18 +51,30 @@ class Estate(NamedTuple):
 
     def environment(self) -> dict[str, str]:
         """The environment of the program that is to take it."""
-        import json
-
-        return {**os.environ, _VARIABLE: json.dumps({"version": _VERSION, **self._asdict()})}
+        return {**os.environ, _VARIABLE: dumps(self)}
 
 
-def of(stack: LayerStack, fuse: int, ledger: int, mount_id: int | None, lives: int, directory: str) -> Estate:
+def of(
+    stack: LayerStack, config: MountConfig, fuse: int, ledger: int, mount_id: int | None, lives: int, directory: str
+) -> Estate:
     """What the keeper, whose child serves, has to leave."""
     upper = None if stack.upper is None else stack.upper.root.fd
     work = None if stack.work is None else stack.work.fd
     lowers, data = (tuple(layer.root.fd for layer in layers) for layers in (stack.lowers, stack.data))
     locks = tuple(lock.fd for lock in stack.locks)
-    return Estate(fuse, ledger, lowers, data, upper, work, locks, mount_id, 0, lives, directory)
+    asked = _asked(config)
+    return Estate(fuse, ledger, lowers, data, upper, work, locks, mount_id, 0, lives, directory, asked=asked)
+
+
+_FREE: Final = frozenset(("log", "debug", "control", "control_group", "events"))
+"""Options that whoever takes over may have otherwise: they are between us and people."""
+_ALWAYS: Final = frozenset(("mountpoint", "lowerdirs", "datadirs", "upperdir", "workdir", "mount_flags"))
+
+
+def _asked(config: MountConfig) -> dict[str, str]:
+    """What was asked for, by name: what was not may have another default in another version."""
+    names = _ALWAYS | (config.explicit - _FREE)
+    return {name: repr(getattr(config, name, "")) for name in sorted(names)}
 
 
 def left() -> Estate | None:
@@ -68,6 +82,24 @@ def left() -> Estate | None:
     text = os.environ.pop(_VARIABLE, None)
     if text is None:
         return None
+    estate = loads(text)
+    try:
+        for fd in estate.fds:
+            os.set_inheritable(fd, False)
+    except (OSError, TypeError) as error:
+        raise _refused(str(error)) from None
+    return estate
+
+
+def dumps(estate: Estate) -> str:
+    """As text."""
+    import json
+
+    return json.dumps({"version": _VERSION, **estate._asdict()})
+
+
+def loads(text: str) -> Estate:
+    """What `dumps` made, whatever its version; UserError when it is one that cannot be read here."""
     import json
 
     try:
@@ -76,25 +108,32 @@ def left() -> Estate | None:
             raise ValueError("version")
         for name in ("lowers", "data", "locks"):
             values[name] = tuple(values[name])
-        estate = Estate(**values)
-        for fd in estate.fds:
-            os.set_inheritable(fd, False)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        raise UserError(
-            f"the running mount cannot be taken over: {error}",
-            hint="unmount it, then mount it with this version",
-            code=INTERNAL,
-        ) from None
-    return estate
+        return Estate(**values)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _refused(str(error)) from None
+
+
+def _refused(why: str) -> UserError:
+    hint = "unmount it, then mount it with this version"
+    return UserError(f"the running mount cannot be taken over: {why}", hint=hint, code=INTERNAL)
+
+
+def check(estate: Estate, config: MountConfig) -> None:
+    """UserError unless the mount is the one that `config` would make."""
+    given = (len(config.lowerdirs), len(config.datadirs), config.upperdir is None)
+    wrong = [] if given == (len(estate.lowers), len(estate.data), estate.upper is None) else ["layers"]
+    if estate.asked is not None:
+        asked = _asked(config)
+        wrong += [name for name in sorted({*asked, *estate.asked}) if asked.get(name) != estate.asked.get(name)]
+    if wrong:
+        what = ", ".join(dict.fromkeys(wrong))
+        hint = "unmount it, then mount anew"
+        raise UserError(f"the running mount has other options: {what}", hint=hint, code=LAYER)
 
 
 def stack_of(estate: Estate, config: MountConfig) -> LayerStack:
     """The layers that were left; UserError when they are not those of `config`."""
-    given = (len(config.lowerdirs), len(config.datadirs), config.upperdir is None)
-    if given != (len(estate.lowers), len(estate.data), estate.upper is None):
-        raise UserError(
-            "the command line has other layers than the running mount", hint="unmount it, then mount anew", code=LAYER
-        )
+    check(estate, config)
     lowers = _lowers(config.lowerdirs, estate.lowers)
     data = _lowers(config.datadirs, estate.data)
     locks = tuple(Fd(fd) for fd in estate.locks)

@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 CRASHED: Final = 71
 """Exit code of a server that failed over a defect (EX_OSERR of sysexits.h)."""
+LEFT: Final = 75
+"""Exit code of a server that left the mount to whoever the service manager starts next (EX_TEMPFAIL)."""
 BLAMED: Final = 4
 STRIKES: Final = 10
 HUNG: Final = 30.0

@@ -354,6 +354,10 @@ class Ledger:
         """One more."""
         self._words[_W_SIGNALS] += 1
 
+    def forget_signals(self) -> None:
+        """None was passed on: this is another keeper."""
+        self._words[_W_SIGNALS] = 0
+
     # Space.
 
     def give_back(self) -> None:

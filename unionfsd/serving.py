@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("unionfsd.daemon")  # as who reads the log has always known it
 
-#: What the descriptor that serves a mount is called where a service manager keeps it.
-_FUSE: Final = "fuse"
 #: Seconds that a mount nobody asks anything of may do without the event loop: most that are made for a moment are gone.
 _PATIENCE: Final = 5.0
+_ONE_LIFE: Final = 1
+"""What somebody who takes over from a service manager is told of how often others did: it was served before."""
 _STOP_SIGNALS: Final = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
 SIGNALS: Final = _STOP_SIGNALS | {keeper.MAKE_ROOM}
 """Blocked when a `Serving` runs, and heeded by it."""
@@ -71,7 +71,7 @@ class Serving:
         self._life = life
         self._will = will
         self._up: Callable[[], None] = _nothing
-        self._makes_room = False
+        self._makes_room: int | None = None
         self._is_answering = False
         self._answering: trio.Event | None = None
 
@@ -92,8 +92,7 @@ class Serving:
         try:
             trio.run(self._until_gone, transport)
         finally:
-            if systemd.keeps_fds():  # a copy that is kept would keep the mount from ending
-                systemd.forget(_FUSE)
+            self._let_go()
 
     def _started(self) -> None:
         """The transport answers."""
@@ -102,14 +101,24 @@ class Serving:
             self._up()
             self._union.ledger.is_up()
             log.info("mounted on %s", where)
-            systemd.notify("READY=1", f"MAINPID={os.getpid() if life is None else life.keeper}")
-            if systemd.keeps_fds():
-                systemd.store(_FUSE, self._mount.fuse_fd)
         else:
             log.warning("%s is served again", where)
+        if systemd.listening():
+            if life is not None and not life.number:
+                from unionfsd import fdstore  # late: most mounts have no service manager
+
+                fdstore.keep(self._will.estate(_ONE_LIFE))
+            systemd.notify("READY=1", f"MAINPID={os.getpid() if life is None else life.keeper}")
         self._union.ledger.serving = self._is_answering = True
         if self._answering is not None:
             self._answering.set()
+
+    def _let_go(self) -> None:
+        """Copies that a service manager keeps would keep the mount from ending."""
+        if self._life is not None and systemd.room_for_fds():
+            from unionfsd import fdstore
+
+            fdstore.let_go(self._will.estate(_ONE_LIFE))
 
     async def _wait_until_answering(self) -> None:
         import trio
@@ -166,8 +175,8 @@ class Serving:
             except Exception as error:  # kept, because a nursery would wrap it
                 failure = error
             nursery.cancel_scope.cancel()
-        if self._makes_room:
-            os._exit(errors.OK)  # all is somebody else's now: nothing is to be closed, synced or taken away
+        if self._makes_room is not None:
+            os._exit(self._makes_room)  # all is somebody else's now: nothing is to be closed, synced or taken away
         try:
             await drive(self._union.shutdown())
         except OSError as error:
@@ -245,8 +254,8 @@ class Serving:
             received, stopping = 0, False
             async for number in signals:
                 if number == keeper.MAKE_ROOM:
-                    self._makes_room = self._life is not None
-                    if self._makes_room:
+                    if self._life is not None:
+                        self._makes_room = errors.OK
                         nursery.cancel_scope.cancel()
                     continue
                 if number == signal.SIGHUP and systemd.listening():
@@ -261,8 +270,29 @@ class Serving:
                 elif not stopping:
                     stopping = True
                     systemd.notify("STOPPING=1")
-                    self._union.thaw()
-                    nursery.start_soon(self._unmount, nursery.cancel_scope)
+                    nursery.start_soon(self._stop, nursery.cancel_scope)
+
+    async def _stop(self, service: trio.CancelScope) -> None:
+        """Leave the mount to the process that comes next, if the service manager starts one at once; or unmount."""
+        import trio
+
+        if self._life is not None and systemd.room_for_fds() and await trio.to_thread.run_sync(self._is_succeeded):
+            log.info("restarting: the mount is left to the next process")
+            self._makes_room = keeper.LEFT
+            service.cancel()
+            return
+        self._union.thaw()
+        self._let_go()
+        await self._unmount(service)
+
+    def _is_succeeded(self) -> bool:
+        """Whether a process comes that can take the mount over, by way of the service manager."""
+        if not systemd.is_restarting():
+            return False
+        why = self._will.trial()
+        if why is not None:
+            log.warning("restarting, and unmounting: %s", why)
+        return why is None
 
     async def _unmount(self, service: trio.CancelScope) -> None:
         """Unmount from a thread, because dirty pages are written to us meanwhile."""

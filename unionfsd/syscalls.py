@@ -40,6 +40,7 @@ UTIME_NOW: Final = 1 << 100
 UTIME_OMIT: Final = UTIME_NOW + 1
 _TV_NSEC = {UTIME_NOW: (1 << 30) - 1, UTIME_OMIT: (1 << 30) - 2}
 
+MNT_FORCE: Final = 1
 MNT_DETACH: Final = 2
 UMOUNT_NOFOLLOW: Final = 8
 

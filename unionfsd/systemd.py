@@ -7,11 +7,16 @@ stands for the NUL of an abstract address. Without that variable nothing happens
 from __future__ import annotations
 
 import os
+import select
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     import socket
+
+_LISTEN_FDS_START: Final = 3
+_ANSWER: Final = 5.0
+"""Seconds for the service manager to say what it is about to do."""
 
 #: Set in a process that has a keeper, which is the one that the service manager heeds.
 _through: socket.socket | None = None
@@ -35,13 +40,13 @@ def watchdog() -> float | None:
     return int(microseconds) / 1e6
 
 
-def keeps_fds() -> bool:
-    """Whether the service manager keeps descriptors for us while we are not there (``FileDescriptorStoreMax=``).
+def room_for_fds() -> int:
+    """How many descriptors the service manager keeps for us while we are not there (``FileDescriptorStoreMax=``).
 
-    It says so in ``$FDSTORE`` since systemd 254 (systemd.exec(5)).
+    It says so in ``$FDSTORE`` since systemd 254 (systemd.exec(5)); before, a unit can say it by ``Environment=``.
     """
     most = os.environ.get("FDSTORE", "")
-    return listening() and most.isascii() and most.isdigit() and int(most) > 0
+    return int(most) if listening() and most.isascii() and most.isdigit() else 0
 
 
 def store(name: str, fd: int) -> bool:
@@ -52,6 +57,69 @@ def store(name: str, fd: int) -> bool:
 def forget(name: str) -> bool:
     """Have it let go of what it keeps as `name`."""
     return _send(["FDSTOREREMOVE=1", f"FDNAME={name}"])
+
+
+def stored() -> dict[str, int]:
+    """What it kept and gives back to this process, by name (sd_listen_fds_with_names(3)); told once."""
+    pid, count = (os.environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS"))
+    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
+    if pid != str(os.getpid()) or not count.isdigit():
+        return {}
+    fds = range(_LISTEN_FDS_START, _LISTEN_FDS_START + int(count))
+    for fd in fds:
+        os.set_inheritable(fd, False)
+    return dict(zip(names, fds, strict=False))
+
+
+def settle(seconds: float) -> bool:
+    """Wait until it has taken note of all that it was told (``BARRIER=1``); whether it has."""
+    receiver, sender = os.pipe2(os.O_CLOEXEC)
+    try:
+        sent = _send(["BARRIER=1"], [sender])
+    finally:
+        os.close(sender)
+    try:
+        poll = select.poll()
+        poll.register(receiver, 0)
+        return sent and bool(poll.poll(seconds * 1000))
+    finally:
+        os.close(receiver)
+
+
+def is_restarting() -> bool:
+    """Whether it stops us only in order to start us again: its job for our unit says so. Takes some milliseconds."""
+    unit = _unit()
+    if unit is None:
+        return False
+    import subprocess
+
+    # A manager of a user has its socket where the user's programs have theirs.
+    private = os.environ.get("XDG_RUNTIME_DIR", "/nonexistent") + "/"
+    whose = ["--user"] if os.environ["NOTIFY_SOCKET"].startswith(private) else ["--system"]
+    try:
+        done = subprocess.run(
+            ["systemctl", *whose, "list-jobs", "--full", "--no-legend", "--plain", "--", unit],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            check=False,
+            timeout=_ANSWER,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return any(line.split()[1:3] == [unit.encode(), b"restart"] for line in done.stdout.splitlines())
+
+
+def _unit() -> str | None:
+    """The service that we run as: the last of those in the path of our control group, as sd_pid_get_unit(3) has it."""
+    with open("/proc/self/cgroup") as groups:
+        for line in groups:
+            _, controllers, path = line.rstrip("\n").split(":", 2)
+            if controllers in ("", "name=systemd"):
+                units = [part for part in path.split("/") if part.endswith(".service")]
+                if units:
+                    return units[-1]
+    return None
 
 
 def notify(*assignments: str) -> bool:

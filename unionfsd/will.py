@@ -25,14 +25,15 @@ class Will:
         self._mount = mount
         self._directory = directory
 
-    def _estate(self, lives: int) -> Estate:
+    def estate(self, lives: int) -> Estate:
+        """What there is, when so many processes have served."""
         mount_id = None if self._mount.place is None else self._mount.place.mount_id
         fuse, ledger = self._mount.fuse_fd, self._union.ledger.fd.fd
-        return estate.of(self._union.stack, fuse, ledger, mount_id, lives, self._directory)
+        return estate.of(self._union.stack, self._union.config, fuse, ledger, mount_id, lives, self._directory)
 
     def renew(self, serving: int, lives: int) -> NoReturn:
         """Execute the program anew, in place of the keeper."""
-        left = self._estate(lives)._replace(serving=serving)
+        left = self.estate(lives)._replace(serving=serving)
         os.chdir(left.directory)
         for fd in left.fds:
             os.set_inheritable(fd, True)
@@ -47,7 +48,7 @@ class Will:
         """Whether a newer program can: None, or why not."""
         import subprocess
 
-        left = self._estate(0)._replace(trial=True)
+        left = self.estate(0)._replace(trial=True)
         argv = [sys.executable, *sys.orig_argv[1:]]
         try:
             done = subprocess.run(

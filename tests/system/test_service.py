@@ -9,108 +9,23 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.harness import PROJECT, Layers, Watchdog, children, mounts, run, wait_for
+from tests.harness import PROJECT, Layers, children, mounts, run, wait_for
+from tests.system.service import Service, served
 from unionfsd import errors
 
 UNIT = PROJECT / "systemd" / "unionfsd@.service"
 EXAMPLES = PROJECT / "systemd" / "examples"
 
 
-class Service:
-    """A daemon in front, its configuration in a file, and the socket on which it reports."""
-
-    def __init__(self, layers: Layers) -> None:
-        self.layers = layers
-        self.log = layers.root / "unionfsd.log"
-        self.config = layers.root / "mounts.toml"
-        self.config.write_text(
-            f"[mount.test]\nmountpoint = '{layers.mnt}'\nlowerdir = '{layers.lower}'\n"
-            f"upperdir = '{layers.upper}'\nworkdir = '{layers.work}'\n"
-        )
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(str(layers.root / "notify"))
-        self._socket.settimeout(20)
-        self._process: subprocess.Popen[str] | None = None
-
-    def start(self, *prefix: str, watchdog: int | None = None, fdstore: int = 0) -> None:
-        """Run it, by a command of `prefix`; `watchdog` is the manager's patience in microseconds.
-
-        `fdstore`: how many descriptors the manager keeps. There is no journal but one of a test's own.
-        """
-        environment = os.environ | {"PYTHONPATH": str(PROJECT), "NOTIFY_SOCKET": str(self.layers.root / "notify")}
-        environment |= {} if watchdog is None else {"WATCHDOG_USEC": str(watchdog)}
-        environment |= {"FDSTORE": str(fdstore)} if fdstore else {}
-        with self.log.open("w") as log:
-            # The manager tells by device and inode number which stream leads to its journal.
-            environment["JOURNAL_STREAM"] = f"{os.fstat(log.fileno()).st_dev}:{os.fstat(log.fileno()).st_ino}"
-            argv = [*prefix, sys.executable, "-m", "unionfsd", "-f", "--config", str(self.config)]
-            self._process = subprocess.Popen(
-                argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, text=True, env=environment, cwd="/"
-            )
-
-    def hear(self) -> dict[str, str]:
-        """The next message, by the names in it."""
-        lines = self._socket.recv(4096).decode().split("\n")
-        return {name: value for name, _, value in (line.partition("=") for line in lines)}
-
-    def hear_of(self, name: str) -> dict[str, str]:
-        """The next message with that name in it."""
-        while name not in (message := self.hear()):
-            pass
-        return message
-
-    def hear_with_fds(self) -> tuple[bytes, list[int]]:
-        """The next message as it is, with the descriptors that came along."""
-        message, fds, _, _ = socket.recv_fds(self._socket, 4096, 4)
-        return message, fds
-
-    def messages(self) -> int:
-        """How many messages come until there is none for a second."""
-        self._socket.settimeout(1)
-        heard = 0
-        try:
-            while heard < 100:
-                self.hear()
-                heard += 1
-        except TimeoutError:
-            self._socket.settimeout(20)
-        return heard
-
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
-    def end(self) -> int:
-        """Its exit code."""
-        assert self._process is not None
-        return self._process.wait(20)
-
-    def close(self) -> None:
-        self._socket.close()
-        if self._process is not None and self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
-
-
 @pytest.fixture
 def service(layers: Layers) -> Iterator[Service]:
-    (layers.lower / "file").write_text("lower\n")
-    service = Service(layers)
-    watchdog = Watchdog(90, f"umount --force --lazy '{layers.mnt}'")
-    try:
+    with served(layers) as service:
         yield service
-    finally:
-        service.close()
-        while layers.mnt in mounts():
-            run("umount", "--force", "--lazy", layers.mnt)
-        assert watchdog.call_off(), "the mount hung"
 
 
 def test_ready_comes_first_and_with_the_mount(service: Service) -> None:
@@ -175,20 +90,6 @@ def test_stopping_unmounts(service: Service) -> None:
     service.hear_of("STOPPING")
     assert service.end() == errors.OK
     assert service.layers.mnt not in mounts()
-
-
-def test_the_manager_keeps_the_descriptor_where_it_says_so(service: Service) -> None:
-    service.start(fdstore=1)
-    service.hear_of("READY")
-    message, fds = service.hear_with_fds()
-    assert message == b"FDSTORE=1\nFDNAME=fuse"
-    assert [os.readlink(f"/proc/self/fd/{fd}") for fd in fds] == ["/dev/fuse"]
-    assert (service.layers.mnt / "file").read_text() == "lower\n"
-    os.kill(service.pid, signal.SIGTERM)
-    while (message := service.hear_with_fds()[0]) != b"FDSTOREREMOVE=1\nFDNAME=fuse":
-        assert message
-    assert service.end() == errors.OK
-    os.close(fds[0])
 
 
 #: Runs a command where /run is empty but for the journal's socket, which is $1 if there is one.
@@ -267,7 +168,7 @@ def test_the_unit_s_privileges_are_enough(service: Service) -> None:
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
     """The units as they are once installed, with programs that exist."""
-    unit = re.sub(r"(?m)^(Exec\w+=-?)(unionfs\w+)", lambda found: f"{found[1]}{tmp_path}/{found[2]}", UNIT.read_text())
+    unit = re.sub(r"(?m)^Exec.*?\b(?=unionfs\w+ )", lambda found: f"{found[0]}{tmp_path}/", UNIT.read_text())
     (tmp_path / UNIT.name).write_text(unit)
     for name in ("unionfsd", "unionfsctl"):
         shutil.copy("/bin/true", tmp_path / name)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from pathlib import Path
 
 import pytest
 
-from unionfsd.systemd import forget, keeps_fds, listening, notify, store, watchdog
+from unionfsd.systemd import forget, listening, notify, room_for_fds, settle, store, stored, watchdog
 
 
 def listener(address: str) -> socket.socket:
@@ -71,15 +72,15 @@ def test_the_watchdog_s_patience(
     assert watchdog() == expected
 
 
-@pytest.mark.parametrize(("most", "expected"), [("1", True), ("0", False), ("", False), ("many", False), (None, False)])
-def test_whether_descriptors_are_kept(most: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("most", "expected"), [("1", 1), ("1024", 1024), ("0", 0), ("", 0), ("many", 0), (None, 0)])
+def test_how_many_descriptors_are_kept(most: str | None, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", "/run/notify")
     monkeypatch.delenv("FDSTORE", raising=False)
     if most is not None:
         monkeypatch.setenv("FDSTORE", most)
-    assert keeps_fds() is expected
+    assert room_for_fds() == expected
     monkeypatch.delenv("NOTIFY_SOCKET")
-    assert not keeps_fds()
+    assert room_for_fds() == 0
 
 
 def test_a_descriptor_goes_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,3 +97,46 @@ def test_a_descriptor_goes_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert forget("fuse")
         assert sock.recv(1000) == b"FDSTOREREMOVE=1\nFDNAME=fuse"
     os.close(reader)
+
+
+def test_what_was_kept_is_given_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unionfsd.systemd._LISTEN_FDS_START", start := os.dup(0))
+    second = os.dup2(0, start + 1)
+    for fd in (start, second):
+        os.set_inheritable(fd, True)
+    monkeypatch.setenv("LISTEN_FDS", "2")
+    monkeypatch.setenv("LISTEN_FDNAMES", "fuse:ledger")
+    monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
+    assert stored() == {"fuse": start, "ledger": second}
+    assert not os.get_inheritable(start)
+    assert stored() == {}
+    for fd in (start, second):
+        os.close(fd)
+
+
+def test_what_was_kept_for_somebody_else_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LISTEN_FDS", "1")
+    monkeypatch.setenv("LISTEN_FDNAMES", "fuse")
+    monkeypatch.setenv("LISTEN_PID", "1")
+    assert stored() == {}
+
+
+def test_settling_waits_until_all_was_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    with listener(str(tmp_path / "notify")) as sock:
+        assert not settle(0.05), "nobody has read it"
+        message, fds, _, _ = socket.recv_fds(sock, 1000, 4)
+        assert (message, len(fds)) == (b"BARRIER=1", 1)
+        os.close(fds[0])
+        heard: list[bytes] = []
+
+        def hear() -> None:
+            message, fds, _, _ = socket.recv_fds(sock, 1000, 4)
+            heard.append(message)
+            os.close(fds[0])
+
+        manager = threading.Thread(target=hear)
+        manager.start()
+        assert settle(5)
+        manager.join()
+        assert heard == [b"BARRIER=1"]

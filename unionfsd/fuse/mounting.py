@@ -11,11 +11,13 @@ Rules this file obeys:
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 import logging
 import os
 import re
+import select
 import stat
 from collections.abc import Iterator
 from typing import Final, NamedTuple
@@ -23,7 +25,7 @@ from typing import Final, NamedTuple
 from unionfsd import errors, syscalls
 from unionfsd.errors import UserError
 from unionfsd.options import MountConfig, mountflags
-from unionfsd.syscalls import MNT_DETACH, UMOUNT_NOFOLLOW, Fd
+from unionfsd.syscalls import MNT_DETACH, MNT_FORCE, UMOUNT_NOFOLLOW, Fd
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +126,13 @@ class Mount:
             self.unmount()
 
 
+def has_ended(fuse_fd: int) -> bool:
+    """Whether a connection has: its mount is gone, or somebody aborted it."""
+    poll = select.poll()
+    poll.register(fuse_fd, 0)
+    return bool(poll.poll(0))
+
+
 def _is_dead(path: bytes) -> bool:
     """Whether nobody answers for the mount at `path`; statfs(2) is never answered from a cache."""
     try:
@@ -164,6 +173,17 @@ def adopt(fuse_fd: int, mount_id: int | None) -> Mount:
     """A mount that this process, or one before it, made."""
     place = next((place for place in mounts() if place.mount_id == mount_id), None)
     return Mount(Fd(fuse_fd), place)
+
+
+def take_away(mount_id: int) -> None:
+    """Take away a mount of ours whose connection nobody holds any more, unless something is mounted over it."""
+    now = list(mounts())
+    place = next((place for place in now if place.mount_id == mount_id), None)
+    if place is None or any(other.parent_id == mount_id and other.path == place.path for other in now):
+        return
+    with contextlib.suppress(OSError):  # somebody was faster
+        # By force: should somebody hold the connection after all, its file system is not asked to sync.
+        syscalls.umount2(place.path, MNT_FORCE | MNT_DETACH | UMOUNT_NOFOLLOW)
 
 
 def clear_dead(path: bytes) -> None:
