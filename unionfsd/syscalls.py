@@ -29,7 +29,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 AT_FDCWD: Final = -100
 AT_SYMLINK_NOFOLLOW: Final = 0x100
 AT_EMPTY_PATH: Final = 0x1000
-AT_RECURSIVE: Final = 0x8000
 
 RENAME_NOREPLACE: Final = 1
 RENAME_EXCHANGE: Final = 2
