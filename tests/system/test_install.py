@@ -82,7 +82,7 @@ def test_the_installed_unit_runs_the_installed_programs(prefix: Path) -> None:
     unit = prefix / "lib" / "systemd" / "system" / "unionfsd@.service"
     assert run("systemd-analyze", "verify", "--man=no", unit) == ""
     assert f"ExecStart={prefix}/sbin/unionfsd -f --config /etc/unionfsd/%i.toml\n" in unit.read_text()
-    assert f"ExecStopPost=-{prefix}/bin/unionfsctl reap\n" in unit.read_text()
+    assert f" exec {prefix}/bin/unionfsctl reap'\n" in unit.read_text()
 
 
 def test_a_prefix_must_be_absolute() -> None:

@@ -19,6 +19,8 @@ UNIT: Final = PROJECT / "systemd" / "unionfsd@.service"
 #: Starts the manager and the unit. Control groups are taken away in the end, as far as they are the manager's own.
 _BEGIN: Final = """
 mount -t tmpfs run /run
+# Of the other hierarchies systemd does not learn when a group is empty, and waits for what has ended.
+[ ! -d /sys/fs/cgroup/unified ] || mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified
 mkdir -p /run/user/0 /run/systemd/system
 export XDG_RUNTIME_DIR=/run/user/0 SYSTEMD_UNIT_PATH="$units:" SYSTEMD_LOG_TARGET=console DBUS_SESSION_BUS_ADDRESS=
 "$manager" --user --unit=none.target >"$log" 2>&1 & manager=$!
@@ -68,7 +70,7 @@ def units(layers: Layers) -> Path:
 def manage(layers: Layers, units: Path, script: str) -> list[str]:
     """The lines that a script says which runs beneath the manager, the unit started."""
     done = private.shell(
-        "set -e\n" + _BEGIN + script,
+        f"set -e\n{_BEGIN}\n{script}",
         units=units,
         manager=MANAGER,
         log=layers.root / "manager.log",
@@ -119,7 +121,11 @@ def test_what_is_killed_is_started_and_goes_on(layers: Layers, units: Path) -> N
             """
             systemctl --user kill --signal=KILL unionfsd@test
             state() { systemctl --user show --property=NRestarts,SubState --value unionfsd@test | xargs; }
-            until [ "$(state)" = "1 running" ]; do sleep 0.05; done
+            waited=0
+            until [ "$(state)" = "1 running" ]; do
+                sleep 0.05
+                [ $((waited += 1)) -lt 200 ] || { systemctl --user status unionfsd@test; exit 7; }
+            done
             """,
         ),
     )
