@@ -56,6 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "deviates: the kernel's overlayfs does otherwise; docs/deviations.md says why")
     config.addinivalue_line("markers", "privileged: needs root's rights over the machine, or other users")
     config.addinivalue_line("markers", "owners: gives things to other users, which an ordinary user cannot")
+    config.addinivalue_line("markers", "mounting: mounts something itself, which an ordinary user cannot")
     # Under nohup, or in the background of a script, daemons would inherit that these signals are nothing to them.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -93,7 +94,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items
         if (item.get_closest_marker("deviates") and str(REFERENCE) in item.nodeid)
         or (item.get_closest_marker("privileged") and harness.ROOTLESS)
-        or (item.get_closest_marker("owners") and harness.ROOTLESS == "user")
+        or (harness.ROOTLESS == "user" and (item.get_closest_marker("owners") or item.get_closest_marker("mounting")))
     ]
     if skipped:
         config.hook.pytest_deselected(items=skipped)

@@ -449,8 +449,18 @@ class DaemonFactory(Protocol):
 # Other users.
 
 
-def in_child(fn: Callable[[], T], *, uid: int = 0, gid: int = 0, groups: Sequence[int] = (), umask: int = 0o022) -> T:
-    """Result of `fn` in a forked child with those credentials; what it raises is raised here."""
+def in_child(
+    fn: Callable[[], T],
+    *,
+    uid: int | None = None,
+    gid: int | None = None,
+    groups: Sequence[int] = (),
+    umask: int = 0o022,
+) -> T:
+    """Result of `fn` in a forked child with those credentials; what it raises is raised here.
+
+    Without `uid` and `gid`, root's, or those of an ordinary user who runs the tests.
+    """
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -472,11 +482,14 @@ def in_child(fn: Callable[[], T], *, uid: int = 0, gid: int = 0, groups: Sequenc
     raise value
 
 
-def _child(fn: Callable[[], Any], writer: int, uid: int, gid: int, groups: Sequence[int], umask: int) -> None:
+def _child(
+    fn: Callable[[], Any], writer: int, uid: int | None, gid: int | None, groups: Sequence[int], umask: int
+) -> None:
     try:
-        os.setgroups(groups)
-        os.setresgid(gid, gid, gid)
-        os.setresuid(uid, uid, uid)
+        if ROOTLESS != "user" or (uid, gid) != (None, None):
+            os.setgroups(groups)
+            os.setresgid(gid or 0, gid or 0, gid or 0)
+            os.setresuid(uid or 0, uid or 0, uid or 0)
         os.umask(umask)
         outcome = (True, fn())
     except BaseException as exc:  # the parent raises it

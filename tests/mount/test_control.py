@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.harness import PROJECT, Daemon, DaemonFactory, Layers, Mode, as_user, mounts, run, wait_for
+from tests.harness import PROJECT, UNMOUNT, Daemon, DaemonFactory, Layers, Mode, as_user, mounts, run, wait_for
 from tests.trees import errno_of, fingerprint
 from unionfsd.control.client import Client
 from unionfsd.ctl import find
@@ -73,6 +73,7 @@ def test_status_tells_what_is_there(mount: Daemon, mode: Mode, layers: Layers) -
     assert all(word in text for word in (str(mount.path), str(mount.pid), mode.transport, str(layers.upper)))
 
 
+@pytest.mark.mounting
 def test_the_mount_is_found_from_any_path(mount: Daemon, layers: Layers) -> None:
     expected = ctl("status", "--json", mount.path).json["socket"]
     (mount / "link").symlink_to("etc")
@@ -211,7 +212,7 @@ def test_events_say_what_changed_and_who_did(mount: Daemon, mode: Mode) -> None:
     if mode.io != "passthrough":
         assert ("write", "/etc/hosts", None) in told
     by_shell = [event for event in found if event["kind"] == "create"]
-    assert [(event["pid"], event["uid"]) for event in by_shell] == [(process.pid, 0)]
+    assert [(event["pid"], event["uid"]) for event in by_shell] == [(process.pid, os.geteuid())]
     if mode.transport == "channel":
         # Pages that the kernel writes back, when the file is closed at the latest, are nobody's.
         by_pages = ("write", "copy-up")
@@ -282,6 +283,7 @@ def test_any_language_can_speak_to_it(mount: Daemon) -> None:
     assert (answer["id"], answer["result"]["pid"]) == (7, mount.pid)
 
 
+@pytest.mark.owners
 def test_nobody_else_gets_in(mount: Daemon) -> None:
     path = ctl("status", "--json", mount.path).json["socket"]
 
@@ -353,6 +355,7 @@ def test_unmounting_lazily(mount: Daemon) -> None:
         assert file.read() == "top"
 
 
+@pytest.mark.mounting
 def test_the_dead_are_found_and_taken_away(mount: Daemon, layers: Layers) -> None:
     status = ctl("status", "--json", mount.path).json
     bound = layers.root / "bound"
@@ -376,12 +379,13 @@ def test_the_dead_are_found_and_taken_away(mount: Daemon, layers: Layers) -> Non
     assert str(mount.path) not in ctl("ps").out
 
 
+@pytest.mark.mounting
 def test_a_dead_mount_with_something_over_it_is_left(mount: Daemon) -> None:
     run("mount", "-t", "tmpfs", "tmpfs", mount.path)
     mount.kill()
     assert ctl("reap", mount.path) == Said(0, "", "")
     assert mounts().count(mount.path) == 2
-    run("umount", mount.path)
+    run(*UNMOUNT, mount.path)
     assert ctl("reap", mount.path).code == 0
     assert mount.path not in mounts()
 

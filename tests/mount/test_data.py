@@ -247,6 +247,7 @@ def test_a_file_made_anew_is_not_the_unlinked_one(where: str, file_in: FileIn) -
         os.close(fd)
 
 
+@pytest.mark.owners
 def test_the_attributes_of_an_unlinked_file_can_be_changed(file_in: FileIn) -> None:
     path = file_in("upper", b"data")
     fd = os.open(path, os.O_RDWR)

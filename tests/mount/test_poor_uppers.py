@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import PROJECT, FuseOverlayFS, Layers, LogPolicy, Mode, MountFactory, run, wait_for
+from tests.harness import DETACH, PROJECT, FuseOverlayFS, Layers, LogPolicy, Mode, MountFactory, run, wait_for
 from tests.trees import errno_of
 
 # The union of an empty lower and a directory, with names that are not its own business.
@@ -56,7 +56,7 @@ def fuse(root: Path, program: str, *options: str) -> Iterator[Path]:
     try:
         yield below.mnt
     finally:
-        run("umount", "--lazy", below.mnt)
+        run(*DETACH, below.mnt)
         assert daemon.wait(20) == 0, (root / "log").read_text()
 
 
@@ -170,7 +170,9 @@ def content(root: Path) -> dict[str, bytes | str]:
     }
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(
+    params=[pytest.param(name, marks=pytest.mark.mounting) if name in ("tmpfs", "ramfs") else name for name in CASES]
+)
 def case(request: pytest.FixtureRequest, disk: Path) -> Iterator[tuple[Path, dict[str, str], list[str]]]:
     kind, losses, warnings = CASES[request.param]
     (disk / "upper-fs").mkdir()

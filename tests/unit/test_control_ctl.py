@@ -227,3 +227,19 @@ def test_a_bar_is_for_terminals_only() -> None:
     finally:
         os.close(ours)
         os.close(theirs)
+
+
+@pytest.mark.parametrize("owner", [0, 54321])
+def test_of_two_sockets_of_one_number_the_owner_s_is_taken(
+    owner: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of them is left of a mount that ended badly, and whose device number another mount has now."""
+    directories = [os.fsencode(tmp_path / name) for name in ("system", "personal")]
+    for directory, uid in zip(directories, (0, 54321), strict=True):
+        os.mkdir(directory)
+        socket = os.path.join(directory, places.name(77))
+        Path(os.fsdecode(socket)).touch()
+        os.chown(socket, uid, uid)
+    monkeypatch.setattr(places, "everywhere", lambda uid: directories)
+    line = mountinfo.MountLine(1, 1, (0, 77), b"/", b"/mnt", b"fuse.unionfsd", b"x", b"rw,user_id=%d" % owner)
+    assert find._socket(line) == os.path.join(directories[owner != 0], places.name(77))

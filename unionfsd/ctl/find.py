@@ -8,6 +8,7 @@ Rules this file obeys:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import time
@@ -79,12 +80,14 @@ def _resolved(path: bytes) -> bytes:
 
 
 def _socket(line: MountLine) -> bytes | None:
-    name = places.name(line.device[1])
-    for directory in places.everywhere(_owner(line)):
+    """Its owner's, if there are several: one that is left of a mount that is no more may have the same number."""
+    name, owner = places.name(line.device[1]), _owner(line)
+    found = []
+    for directory in places.everywhere(owner):
         path = os.path.join(directory, name)
-        if os.path.lexists(path):
-            return path
-    return None
+        with contextlib.suppress(OSError):
+            found.append((os.lstat(path).st_uid != owner, path))
+    return min(found, key=lambda one: one[0])[1] if found else None
 
 
 def _owner(line: MountLine) -> int | None:
