@@ -86,7 +86,7 @@ class Session:
             headers={"User-Agent": f"unionfsd/{__version__}", "Accept-Encoding": "identity"},
             follow_redirects=False,
             # Go's rule, which everybody else follows: no proxy leads to this machine.
-            mounts={f"all://{host.rpartition(':')[0] or host}": None} if _is_here(host) else None,
+            mounts={f"all://{_without_port(host)}": None} if _is_here(host) else None,
             verify=certificates.context(host, verify=not at.insecure),
         )
         self._origin = f"{self._scheme(host, plain_http)}://{host}"
@@ -268,9 +268,13 @@ def _wait(answer: httpx.Response) -> float:
     return 0.0
 
 
+def _without_port(host: str) -> str:
+    return re.sub(r"(?<=[^:]):\d+$", "", host)
+
+
 def _is_here(host: str) -> bool:
     """Whether a host, perhaps with a port, is this machine."""
-    name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
+    name = _without_port(host)
     if name == LOCAL:
         return True
     with contextlib.suppress(ValueError):
