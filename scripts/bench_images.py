@@ -145,8 +145,9 @@ def umoci(source: Path, room: Path) -> Took:
 
 
 def podman(source: Path, room: Path) -> Took:
-    options = [f"--root={room}/storage", f"--runroot={room}/run", "--storage-driver=overlay"]
-    return timed(["podman", *options, "pull", "--quiet", f"oci:{source}:tag"])
+    with tempfile.TemporaryDirectory(dir="/tmp") as run:  # its name may not be long
+        options = [f"--root={room}/storage", f"--runroot={run}", "--storage-driver=overlay"]
+        return timed(["podman", *options, "pull", "--quiet", f"oci:{source}:tag"])
 
 
 CONTENDERS: Final[dict[str, Callable[[Path, Path], Took]]] = {

@@ -98,6 +98,26 @@ def test_podmans_store_is_mounted_in_place_and_imported_from(built: Built, image
     assert fingerprint(storage / "overlay-images") == before
 
 
+def test_a_store_with_a_mount_program_is_read(built: Built, image: Any, disk: Path) -> None:
+    """There podman keeps whiteouts as the archives have them."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as runroot:
+        options = [f"--root={disk}/fuse", f"--runroot={runroot}", "--storage-driver=overlay"]
+        options += ["--storage-opt=overlay.mount_program=/usr/bin/fuse-overlayfs"]
+        run("podman", *options, "load", "--quiet", "--input", built.root / "docker-archive", seconds=100)
+    assert list((disk / "fuse" / "overlay").rglob(".wh.*"))
+    point = disk / "point"
+    point.mkdir()
+    place = f"containers-storage:{disk}/fuse@localhost/app:1"
+    with built.mounted() as theirs:
+        expected = view(theirs)
+    for name in (place, image("import", place, "--quiet").strip()):
+        image("mount", name, point)
+        try:
+            assert view(point) == expected
+        finally:
+            image("umount", point)
+
+
 def test_a_changed_byte_is_told_and_never_read(built: Built, image: Any, disk: Path) -> None:
     image("import", built.root / "oci", "--name", "app")
     image("create", "app", "--name", "work")

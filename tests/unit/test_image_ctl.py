@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Final
 
 import pytest
 
 from tests.images import Made, files
 from unionfsd.ctl.image import VERBS
 from unionfsd.ctl.main import Verb, main
+from unionfsd.images import digest as digests
 
 LAYERS = [files({"a": b"1"}), files({"b": b"2"})]
 
@@ -83,3 +87,66 @@ def test_what_is_wrong_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str
         == code
     )
     assert capsys.readouterr().err.startswith("unionfsctl: ")
+
+
+DAMAGES: Final[dict[str, Callable[[Path], object]]] = {
+    "gone": Path.unlink,
+    "empty": lambda path: path.write_bytes(b""),
+    "noise": lambda path: path.write_bytes(bytes(range(256))),
+    "other": lambda path: path.write_bytes(b'{"size":{}}'),
+    "deep": lambda path: path.write_bytes(b"[" * 100_000),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "name", ["layer.json", "tree.zst", "tree.index", "manifest", "config", "container.json", "signature"]
+)
+def test_a_damaged_store_is_told_and_can_be_mended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, damage: str
+) -> None:
+    """By every verb in words; what can be had again, an import brings back."""
+
+    def image(verb: str, *words: str) -> int:
+        return main(["image", verb, f"--root={tmp_path}/store", *words])
+
+    made = Made(LAYERS)
+    layout = str(made.oci(tmp_path / "oci"))
+    image("import", layout, "--name", "one")
+    image("create", "one", "--name", "work")
+    image("generate-key", "--prefix", str(tmp_path / "k"))
+    image("sign", "one", "--key", str(tmp_path / "k.key"))
+    store = tmp_path / "store"
+    layer = store / "layers" / made.chain_ids[1][7:]
+    places = {
+        "manifest": store / "blobs" / "sha256" / made.digest[7:],
+        "config": store / "blobs" / "sha256" / digests.of(made.config)[7:],
+        "container.json": store / "containers" / "work" / "container.json",
+        "signature": next((store / "signatures").iterdir()),
+    }
+    DAMAGES[damage](places.get(name, layer / name))
+    capsys.readouterr()
+    codes = {
+        verb: image(verb, *words)
+        for verb, words in {
+            **dict.fromkeys(("ls", "tree", "du", "containers", "verify"), ()),
+            **dict.fromkeys(("inspect", "history"), ("one",)),
+            "diff": ("work",),
+            "verify-signature": ("one", "--key", str(tmp_path / "k.pub")),
+            "export": ("one", f"oci:{tmp_path}/exported"),
+            "commit": ("work", "two", "--quiet"),
+        }.items()
+    }
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    if name in ("layer.json", "tree.zst", "tree.index"):
+        assert (codes["ls"], codes["tree"], codes["inspect"], codes["verify"]) == (0, 0, 0, 1)
+        assert made.chain_ids[1] in said.out
+    if name == "container.json":
+        assert (codes["ls"], codes["verify"], bool(codes["containers"])) == (0, 0, True)
+    if name == "signature":
+        assert codes["verify-signature"] != 0
+    if name == "layer.json":
+        assert image("import", layout, "--name", "one", "--quiet") == 0
+        assert (image("verify"), capsys.readouterr().err) == (0, "")
+        assert os.listdir(store / "stage") == []

@@ -11,9 +11,9 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from tests.images import Made, files, write
+from tests.images import Made, descriptor, files, write
 from unionfsd.errors import UserError
-from unionfsd.images import admission, keys, policy, sources, trust
+from unionfsd.images import admission, documents, keys, policy, sources, trust
 from unionfsd.images import digest as digests
 from unionfsd.images.store import Store
 from unionfsd.images.trust import Signature, UntrustedError
@@ -186,3 +186,34 @@ def test_signatures_beside_an_image_in_a_directory(tmp_path: Path) -> None:
         else:
             admission.admit(store, source, ["example.com/app:1"], rules)
             assert trust.kept(store, made.digest) == [signature]
+
+
+@pytest.mark.parametrize("found_by", ["tag", "subject"])
+@pytest.mark.parametrize("signed", ["manifest", "index"])
+def test_signatures_beside_an_image_in_a_layout(tmp_path: Path, signed: str, found_by: str) -> None:
+    """Of the manifest, or of the index for several machines that has it."""
+    made = Made([files({"a": b"1"})])
+    private, public = keys.generate(str(tmp_path / "mine"), b"")
+    entry = {**descriptor(documents.OCI_MANIFEST, made.manifest), "platform": {"os": "linux", "architecture": "amd64"}}
+    index = json.dumps({"schemaVersion": 2, "mediaType": documents.OCI_INDEX, "manifests": [entry]}).encode()
+    what = {"manifest": (documents.OCI_MANIFEST, made.manifest), "index": (documents.OCI_INDEX, index)}[signed]
+    signature = trust.sign(private, "example.com/app:1", digests.of(what[1]))
+    subject = documents.descriptor(descriptor(*what), "subject") if found_by == "subject" else None
+    manifest, blobs = trust.manifest([signature], subject)
+    beside = descriptor(documents.OCI_MANIFEST, manifest.raw)
+    if found_by == "tag":
+        beside["annotations"] = {documents.REF_NAME: trust.tag(digests.of(what[1]))}
+    else:
+        beside["artifactType"] = trust.ARTIFACT
+    content = made.oci_files(None, index=index, signature=manifest.raw, **dict(zip("ab", blobs.values(), strict=True)))
+    entries = [beside, descriptor(documents.OCI_INDEX, index)]
+    content["index.json"] = json.dumps({"schemaVersion": 2, "manifests": entries}).encode()
+    store = Store(str(tmp_path / "store"))
+    rules = policy.Policy((policy.Rule("example.com/*", "signed", (public,)),), "reject", "policy")
+    source = sources.open_source(f"oci:{write(tmp_path / 'oci', content)}", store.stage).source
+    admission.admit(store, source, ["example.com/app:1"], rules)
+    other = policy.Policy(
+        (policy.Rule("example.com/*", "signed", (keys.generate(str(tmp_path / "k"), b"")[1],)),), "reject", ""
+    )
+    with pytest.raises(UntrustedError):
+        admission.admit(store, source, ["example.com/app:1"], other)

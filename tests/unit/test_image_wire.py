@@ -200,6 +200,14 @@ def test_a_refusal_in_any_words(serve: Serve, body: bytes) -> None:
         target.manifest("1")
 
 
+@pytest.mark.parametrize("host", ["[::1]", "[::1]:5000", "localhost", "localhost:5000", "127.9.9.9:1"])
+def test_this_machine(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its name: nothing listens there, and nothing but that is told."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with Registry(reference.name(f"{host}/none/app:1")) as target, pytest.raises(BrokenOffError, match="http://"):
+        target.manifest("1")
+
+
 # What is asked for.
 
 

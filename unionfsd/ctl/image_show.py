@@ -73,7 +73,7 @@ def _layers(store: Store, image: Image) -> list[dict[str, Any]]:
     for descriptor, diff_id, chain in zip(
         image.manifest.layers, image.config.diff_ids, image.config.chain_ids, strict=True
     ):
-        layer = store.layer(chain)
+        layer = store.layer(chain) if store.has_layer(chain) else None
         found.append(
             {
                 "digest": descriptor.digest,
@@ -120,7 +120,13 @@ def _inspected(value: dict[str, Any]) -> str:
         ("user", show.name(str(process.get("User") or "root"))),
     ]
     layers = [
-        (str(at), short(layer["digest"]), show.size(layer["compressed"]), show.size(layer["size"] or 0), layer["path"])
+        (
+            str(at),
+            short(layer["digest"]),
+            show.size(layer["compressed"]),
+            show.size(layer["size"] or 0),
+            layer["path"] or "-",
+        )
         for at, layer in enumerate(value["layers"])
     ]
     title = show.styled(show.name(", ".join(value["names"]) or value["digest"]), "bold")
@@ -180,10 +186,13 @@ def _as_json(store: Store, node: dict[str, Any]) -> list[dict[str, Any]]:
     found = []
     for chain, inner in node.items():
         if chain:
-            layer = store.layer(chain)
-            size = layer.facts["size"] if layer else 0
             found.append(
-                {"chain_id": chain, "size": size, "images": inner.get("", []), "children": _as_json(store, inner)}
+                {
+                    "chain_id": chain,
+                    "size": store.size_of(chain),
+                    "images": inner.get("", []),
+                    "children": _as_json(store, inner),
+                }
             )
     return found
 

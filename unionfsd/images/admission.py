@@ -16,29 +16,35 @@ from unionfsd.images.trust import Signature
 
 def signatures_of(source: Source) -> list[Signature]:
     """The signatures that stand beside an image, of its manifest or of the index it was found in."""
-    digest = source.manifest.digest
-    if isinstance(source, Remote):
-        found = pushing.signatures(source.registry, digest, None)
-        if digests.of(source.top) != digest:
-            found += pushing.signatures(source.registry, digests.of(source.top), source.top)
-        return found
-    if isinstance(source, Resolved) and isinstance(source.blobs, FlatBlobs):
+    if not isinstance(source, Resolved):
+        return []
+    if isinstance(source.blobs, FlatBlobs):
         return [each for raw in source.blobs.signatures() if (each := trust.in_file(raw)) is not None]
-    return _in_layout(source, digest) if isinstance(source, Resolved) else []
+    found = _of(source, source.manifest.digest, None)
+    if digests.of(source.top) != source.manifest.digest:
+        found += _of(source, digests.of(source.top), source.top)
+    return found
 
 
-def _in_layout(source: Resolved, digest: str) -> list[Signature]:
+def _of(source: Resolved, digest: str, index: bytes | None) -> list[Signature]:
+    """Those of the manifest `digest`, or of the `index` that has it."""
+    if isinstance(source, Remote):
+        return pushing.signatures(source.registry, digest, index)
+    return _in_layout(source, digest, index)
+
+
+def _in_layout(source: Resolved, digest: str, index: bytes | None) -> list[Signature]:
     found = []
     for entry in source.beside:
         name = entry.annotations.get(documents.REF_NAME, "")
         if name == trust.tag(digest) or name.endswith(":" + trust.tag(digest)):
             raw = source.blobs.document(entry.digest)
             if digests.matches(entry.digest, raw):
-                found += trust.read(raw, source.blobs)
+                found += trust.read(raw, source.blobs, index)
         elif entry.artifact_type == trust.ARTIFACT and entry.media_type == documents.OCI_MANIFEST:
             raw = source.blobs.document(entry.digest)
             if digests.matches(entry.digest, raw) and pushing.subject(raw) == digest:
-                found += trust.read(raw, source.blobs)
+                found += trust.read(raw, source.blobs, index)
     return found
 
 

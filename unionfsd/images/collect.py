@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from unionfsd import syscalls
-from unionfsd.errors import BUSY, UserError
+from unionfsd.errors import BUSY, UserError, reason
 from unionfsd.images import containers, importing, layering, tree, trust
 from unionfsd.images.below import Below
 from unionfsd.images.compress import Verified
-from unionfsd.images.store import At, Image, Store, layer_name, possible_names
+from unionfsd.images.incoming import At
+from unionfsd.images.store import Image, Store, layer_name, possible_names
 from unionfsd.syscalls import Fd
 
 
@@ -57,7 +58,7 @@ def collect(store: Store) -> Collected:
         blobs |= {image.manifest.config.digest for image in images}
         blobs |= {layer.digest for image in images for layer in image.manifest.layers}
         gone = [chain for chain in store.all_layers() if layer_name(chain) not in kept]
-        sizes = {chain: _size(store, chain) for chain in gone}
+        sizes = {chain: store.size_of(chain) for chain in gone}
         removed = tuple(chain for chain in gone if store.remove_layer(chain))
         used = tuple(chain for chain in gone if chain not in removed)
         freed = sum(sizes[chain] for chain in removed)
@@ -80,7 +81,7 @@ def usage(store: Store) -> list[Usage]:
     """What every image takes."""
     images = store.images()
     users = Counter(chain for image in images for chain in image.config.chain_ids)
-    sizes = {chain: _size(store, chain) for chain in users}
+    sizes = {chain: store.size_of(chain) for chain in users}
     return [
         Usage(
             image,
@@ -90,11 +91,6 @@ def usage(store: Store) -> list[Usage]:
         )
         for image in images
     ]
-
-
-def _size(store: Store, chain: str) -> int:
-    found = store.layer(chain)
-    return int(found.facts["size"]) if found else 0
 
 
 class Damage(NamedTuple):
@@ -147,6 +143,8 @@ def _verify_blob(store: Store, digest: str, size: int) -> Iterator[Damage]:
                 pass
         except UserError as error:
             yield Damage(digest, "", error.message)
+        except OSError as error:
+            yield Damage(digest, "", f"cannot be read: {reason(error)}")
 
 
 def verify_layer(store: Store, chain: str) -> Iterator[Damage]:
@@ -159,6 +157,8 @@ def verify_layer(store: Store, chain: str) -> Iterator[Damage]:
                 yield Damage(chain, "", "the index of its tree is not what it was")
     except UserError as error:
         yield Damage(chain, "", error.message)
+    except OSError as error:
+        yield Damage(chain, "", f"cannot be read: {reason(error)}")
 
 
 def _private(root: Fd) -> Fd:

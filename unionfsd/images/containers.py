@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import secrets
@@ -24,6 +23,7 @@ from typing import Final, NamedTuple
 from unionfsd import mountinfo, syscalls
 from unionfsd.errors import BUSY, MOUNT, UserError, reason
 from unionfsd.images import beneath, documents
+from unionfsd.images import digest as digests
 from unionfsd.images.store import NOT_FOUND, Image, Store
 from unionfsd.syscalls import Fd
 
@@ -96,10 +96,14 @@ def find(store: Store, name: str) -> Container:
     """The container `name`; UserError when there is none."""
     if _NAME.fullmatch(name) is None or syscalls.stat_or_none(store.containers.fd, name.encode()) is None:
         raise UserError(f"{name}: no such container", hint="unionfsctl image containers", code=NOT_FOUND)
-    with syscalls.open_dir(store.containers.fd, name.encode()) as fd:
-        facts = json.loads(beneath.read_file(fd.fd, _FACTS, 1 << 20))
     directory = os.path.join(store.root, "containers", name)
-    return Container(name, facts["image"], facts["image_name"], tuple(facts["layers"]), directory)
+    try:
+        with syscalls.open_dir(store.containers.fd, name.encode()) as fd:
+            facts = documents.load(beneath.read_file(fd.fd, _FACTS, 1 << 20), f"{name}: container.json")
+        image, image_name, layers = digests.checked(facts["image"]), str(facts["image_name"]), facts["layers"]
+        return Container(name, image, image_name, tuple(map(digests.checked, layers)), directory)
+    except (KeyError, TypeError, OSError):
+        raise UserError(f"{name}: container.json is damaged", hint=f"{directory} is its directory", code=1) from None
 
 
 def same_layers(container: Container, chains: Sequence[str]) -> None:

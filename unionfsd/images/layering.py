@@ -17,15 +17,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 from unionfsd import syscalls
-from unionfsd.errors import UserError
+from unionfsd.errors import UserError, reason
 from unionfsd.images import beneath, compress, documents, store, tree
 from unionfsd.images import digest as digests
 from unionfsd.images.below import Below
 from unionfsd.images.compress import BrokenOffError, Readable, Verified
 from unionfsd.images.documents import Descriptor
 from unionfsd.images.events import Events
+from unionfsd.images.incoming import At, Incoming
 from unionfsd.images.inodedigests import InodeDigests
-from unionfsd.images.store import Incoming, Layer, Stage, Store
+from unionfsd.images.store import Layer, Stage, Store
 from unionfsd.images.tarread import Limits, TarReader
 from unionfsd.images.unpack import Unpacker
 from unionfsd.syscalls import Fd
@@ -115,7 +116,7 @@ class Layering:
             raise
 
     def _there(self, wanted: Wanted) -> bool:
-        if self._store.layer(wanted.chain) is None:
+        if not self._store.has_layer(wanted.chain):
             return False
         self._store.link(wanted.chain)  # it was published before a crash, perhaps
         if self._keep and not self._store.has_blob(wanted.descriptor.digest):
@@ -156,7 +157,7 @@ class Layering:
     def _unpack_kept(self, wanted: Wanted, unpacker: Unpacker) -> None:
         descriptor = wanted.descriptor
         with self._store.open_blob(descriptor.digest) as fd:
-            stream = Verified(store.At(fd.fd, 0), descriptor.digest, descriptor.size, self._seen(wanted.label))
+            stream = Verified(At(fd.fd, 0), descriptor.digest, descriptor.size, self._seen(wanted.label))
             self.unpack_stream(wanted, stream, unpacker)
 
     def _completed(self, wanted: Wanted, incoming: Incoming) -> bool:
@@ -239,7 +240,7 @@ def unpacked(into: Store, wanted: Wanted, below: Below) -> Iterator[Iterator[byt
         diff = syscalls.open_dir(stage.fd.fd, b"diff")
         unpacker = Unpacker(diff, Limits())
         with into.open_blob(wanted.descriptor.digest) as fd:
-            stream = Verified(store.At(fd.fd, 0), wanted.descriptor.digest, wanted.descriptor.size)
+            stream = Verified(At(fd.fd, 0), wanted.descriptor.digest, wanted.descriptor.size)
             Layering.unpack_stream(wanted, stream, unpacker)
         unpacker.finish(below)
         yield map(tree.line, tree.entries(diff, unpacker.digests))
@@ -359,10 +360,13 @@ def read_manifest(into: Store, chain: str) -> Iterator[bytes]:
     if found is None:
         raise UserError(f"{chain}: not unpacked in {into.root}")
     facts: dict[str, Any] = found.facts
-    with Fd(
-        os.open(os.path.join(os.path.dirname(into.diff_path(chain)), "tree.zst"), os.O_RDONLY | os.O_CLOEXEC)
-    ) as fd:
-        source = compress.Source(compress.pieces(store.At(fd.fd, 0)))
+    try:
+        with into.hold_layer(chain) as made:
+            opened = syscalls.open_data(made.fd, _MANIFEST, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{chain}: the manifest of its tree: {reason(error)}", code=1) from None
+    with opened as fd:
+        source = compress.Source(compress.pieces(At(fd.fd, 0)))
         rest = b""
         while piece := source.read(1 << 20):
             *whole, rest = (rest + piece).split(b"\n")

@@ -258,8 +258,6 @@ class Remote(sources.Resolved):
         self.registry = registry
         name = registry.name
         raw, announced = registry.manifest(name.digest or name.tag or "latest")
-        #: What the name stands for, which may be an index.
-        self.top = raw
         super().__init__(registry, raw, announced, platform, (str(name._replace(digest=None)),) if name.tag else ())
 
     def blob(self, descriptor: Descriptor, start: int = 0) -> Readable:

@@ -33,6 +33,8 @@ from unionfsd.images.registriesconf import Endpoint
 _HUB: Final = "registry-1.docker.io"
 TRIES: Final = 4
 _TIMEOUT: Final = httpx.Timeout(30.0, read=60.0)
+#: Of this machine it is asked whether it speaks TLS, when it might be that it does not.
+_PROBE: Final = 5.0
 _REDIRECTS: Final = 5
 RETRIED: Final = (408, 429, 500, 502, 503, 504)
 #: Seconds that we wait at most when a registry asks for it.
@@ -86,7 +88,7 @@ class Session:
             headers={"User-Agent": f"unionfsd/{__version__}", "Accept-Encoding": "identity"},
             follow_redirects=False,
             # Go's rule, which everybody else follows: no proxy leads to this machine.
-            mounts={f"all://{host.rpartition(':')[0] or host}": None} if _is_here(host) else None,
+            mounts={f"all://{_without_port(host)}": None} if _is_here(host) else None,
             verify=certificates.context(host, verify=not at.insecure),
         )
         self._origin = f"{self._scheme(host, plain_http)}://{host}"
@@ -103,7 +105,7 @@ class Session:
     def _answers(self, host: str, scheme: str) -> bool:
         """Whether a host speaks HTTP, with TLS or without; also when we do not trust its certificate."""
         try:
-            answer = self._client.head(f"{scheme}://{host}/v2/")
+            answer = self._client.head(f"{scheme}://{host}/v2/", timeout=_PROBE if _is_here(host) else _TIMEOUT)
         except httpx.ConnectError as error:
             return scheme == "https" and _is_about_certificates(error)
         except httpx.HTTPError:
@@ -268,9 +270,13 @@ def _wait(answer: httpx.Response) -> float:
     return 0.0
 
 
+def _without_port(host: str) -> str:
+    return re.sub(r"(?<=[^:]):\d+$", "", host)
+
+
 def _is_here(host: str) -> bool:
     """Whether a host, perhaps with a port, is this machine."""
-    name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
+    name = _without_port(host)
     if name == LOCAL:
         return True
     with contextlib.suppress(ValueError):

@@ -67,6 +67,8 @@ class Resolved:
         self, blobs: Blobs, raw: bytes, announced: str | None, platform: Mapping[str, str], names: tuple[str, ...]
     ) -> None:
         self.blobs = blobs
+        #: What it was found by, which may be an index.
+        self.top = raw
         #: What else stands in the layout that the image was found in.
         self.beside: tuple[Descriptor, ...] = ()
         self.names = names
@@ -244,6 +246,7 @@ def _since_25(archive: Archive, place: Place, platform: Mapping[str, str]) -> So
         if same is None:
             raise
         found = same
+        found.beside = documents.index(index)
     tags = [tag for entry in entries if entry.get("Config") == _blob_name(found) for tag in _tags(entry)]
     found.names = tuple(dict.fromkeys(tags)) or found.names
     return found

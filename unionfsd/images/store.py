@@ -23,9 +23,7 @@ import base64
 import contextlib
 import errno
 import fcntl
-import json
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -33,8 +31,8 @@ from unionfsd import syscalls
 from unionfsd.errors import BUSY, UserError, reason
 from unionfsd.images import beneath, documents, reference, who
 from unionfsd.images import digest as digests
-from unionfsd.images.compress import Readable, Verified
 from unionfsd.images.documents import Config, Descriptor, Manifest
+from unionfsd.images.incoming import Incoming
 from unionfsd.syscalls import Fd
 
 #: No such image, layer or container.
@@ -231,12 +229,41 @@ class Store:
     # Layers.
 
     def layer(self, chain: str) -> Layer | None:
-        """The layer of a ChainID; None when it is not unpacked."""
+        """The layer of a ChainID; None when it is not unpacked. UserError for one whose record is damaged."""
         try:
             with self._open_layer(chain) as fd:
-                return Layer(chain, json.loads(beneath.read_file(fd.fd, b"layer.json", 1 << 20)))
+                facts = documents.load(beneath.read_file(fd.fd, b"layer.json", 1 << 20), f"{chain}: layer.json")
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise UserError(f"{chain}: layer.json: {reason(error)}", code=1) from None
+        words = all(isinstance(facts.get(key), str) for key in ("chain", "diff_id", "tree"))
+        if not words or not isinstance(facts.get("size"), int):
+            raise UserError(f"{chain}: layer.json: not what it was", hint="import the image again", code=1)
+        return Layer(chain, facts)
+
+    def has_layer(self, chain: str) -> bool:
+        """Whether a layer is there, with a good record."""
+        with contextlib.suppress(UserError):
+            return self.layer(chain) is not None
+        return False
+
+    @contextlib.contextmanager
+    def _free(self, chain: str) -> Iterator[None]:
+        """Hold a layer that no mount holds; UserError."""
+        with self._open_layer(chain) as fd:
+            try:
+                fcntl.flock(fd.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{chain}: damaged, and mounted", hint="unmount it first", code=BUSY) from None
+            yield
+
+    def size_of(self, chain: str) -> int:
+        """The bytes of the files of a layer; 0 for one that is not there, or damaged."""
+        with contextlib.suppress(UserError):
+            found = self.layer(chain)
+            return found.facts["size"] if found else 0
+        return 0
 
     def _open_layer(self, chain: str) -> Fd:
         return Fd(os.open(layer_name(chain), _READ_DIR, dir_fd=self.layers.fd))
@@ -273,13 +300,19 @@ class Store:
             yield f"sha256:{os.fsdecode(name)}"
 
     def publish_layer(self, stage: Stage, chain: str) -> None:
-        """Give the finished directory ``layer`` of a stage its place. It, and what is in it, is on disk already."""
+        """Give the finished directory ``layer`` of a stage its place. It, and what is in it, is on disk already.
+
+        One that is there without a good record gives way; UserError while a mount holds that.
+        """
         name = layer_name(chain)
         try:
             syscalls.renameat2(stage.fd.fd, b"layer", self.layers.fd, name)
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
+            if not self.has_layer(chain):
+                with self._free(chain):
+                    syscalls.renameat2(stage.fd.fd, b"layer", self.layers.fd, name, syscalls.RENAME_EXCHANGE)
         beneath.sync_directory(self.layers.fd)
         self.link(chain)
 
@@ -396,73 +429,3 @@ def layer_name(chain: str) -> bytes:
 def link_name(chain: str) -> str:
     """The short name of a layer: 26 characters, as overlay2's are, and always the same ones."""
     return base64.b32encode(bytes.fromhex(layer_name(chain).decode()))[:26].decode()
-
-
-class Incoming:
-    """A blob that is being written: what was there already is `have` bytes long, to be gone on with.
-
-    Left without `commit`, what came so far stays for the next time.
-    """
-
-    def __init__(self, store: Store, stage: Stage, digest: str) -> None:
-        self._store = store
-        self._stage = stage
-        self.digest = digest
-        self.complete = store.has_blob(digest)
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._fd = Fd(os.open(b"data", flags, 0o644, dir_fd=stage.fd.fd))
-        st = os.fstat(self._fd.fd)
-        if not stat.S_ISREG(st.st_mode):
-            raise UserError(f"{store.root}: the stage of {digest} is not ours")
-        self.have = st.st_size
-
-    def __enter__(self) -> Incoming:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stage.keep = not self.complete and self.have > 0
-        self._fd.close()
-        self._stage.__exit__()
-
-    def restart(self) -> None:
-        """Throw away what there is."""
-        syscalls.truncate(self._fd.fd, 0)
-        self.have = 0
-
-    def write(self, data: bytes | memoryview) -> None:
-        view = memoryview(data)
-        while view:
-            count = syscalls.pwrite(self._fd.fd, view, self.have)
-            self.have += count
-            view = view[count:]
-
-    def reader(self, start: int = 0) -> Readable:
-        """What is there, from `start` on."""
-        return At(self._fd.fd, start)
-
-    def commit(self, size: int | None = None, *, verified: bool = False) -> None:
-        """Put the blob in its place; UserError, and nothing kept, when it is not what its digest says."""
-        if not verified:
-            try:
-                stream = Verified(At(self._fd.fd, 0), self.digest, size)
-                while stream.read(1 << 20):
-                    pass
-            except UserError:
-                self.restart()
-                raise
-        syscalls.fsync(self._fd.fd)
-        self._store._publish_blob(self._stage, self.digest)
-        self.complete = True
-
-
-class At:
-    """A file as a stream, read by position."""
-
-    def __init__(self, fd: int, start: int) -> None:
-        self._fd = fd
-        self._at = start
-
-    def read(self, size: int, /) -> bytes:
-        data = os.pread(self._fd, size, self._at)
-        self._at += len(data)
-        return data

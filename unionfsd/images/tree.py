@@ -19,6 +19,7 @@ from typing import Any, Final, NamedTuple
 
 from unionfsd import format as fmt
 from unionfsd import syscalls, treeindex
+from unionfsd.errors import UserError
 from unionfsd.images import beneath
 from unionfsd.images.inodedigests import InodeDigests
 from unionfsd.listing import DT_UNKNOWN, dt_type
@@ -118,8 +119,11 @@ def compare(kept: Iterator[bytes], found: Iterator[bytes]) -> Iterator[Differenc
 
 def _entries(manifest: Iterator[bytes]) -> Iterator[tuple[tuple[bytes, ...], dict[str, Any]]]:
     for line in manifest:
-        entry = json.loads(line)
-        path = os.fsencode(entry["path"])
+        try:
+            entry = json.loads(line)
+            path = os.fsencode(entry["path"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UserError("the manifest of its tree is damaged") from None
         yield (tuple(path.split(b"/")) if path else ()), entry
 
 

@@ -249,15 +249,10 @@ def kept(store: Store, digest: str) -> list[Signature]:
             raw = beneath.read_file(directory.fd, tag(digest, "json").encode(), documents.MAX_DOCUMENT)
     except FileNotFoundError:
         return []
-    entries = documents.load(raw, "signatures").get("signatures") or []
-    return [
-        Signature(
-            base64.b64decode(entry["payload"]),
-            base64.b64decode(entry["signature"]),
-            base64.b64decode(entry["index"]) if entry.get("index") else None,
-        )
-        for entry in entries
-    ]
+    try:
+        return [_from_json(entry) for entry in documents.load(raw, "signatures").get("signatures") or []]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{digest}: its signatures are damaged in the store {store.root}", code=1) from None
 
 
 def keep(store: Store, digest: str, signatures: Sequence[Signature]) -> None:
@@ -279,6 +274,15 @@ def forget(store: Store, digests_kept: set[str]) -> None:
         for name in beneath.names(directory.fd):
             if name.decode() not in {tag(digest, "json") for digest in digests_kept}:
                 syscalls.unlink_at(directory.fd, name)
+
+
+def _from_json(entry: dict[str, str]) -> Signature:
+    index = entry.get("index")
+    return Signature(
+        base64.b64decode(entry["payload"], validate=True),
+        base64.b64decode(entry["signature"], validate=True),
+        base64.b64decode(index, validate=True) if index else None,
+    )
 
 
 def _to_json(signature: Signature) -> dict[str, str]:
