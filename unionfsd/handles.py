@@ -107,7 +107,7 @@ class Handles:
                 self._admit(state, fd)
                 return fd
             else:
-                yield Blocking(partial(verity.check, fd, data.digest, data.path))
+                yield Blocking(partial(verity.check, fd, data.digest, data.path), fd)
                 # Meanwhile it may have been copied up; if not, it need not be checked again.
                 if node.entry.data is data:
                     node.entry = node.entry.with_data(data._replace(digest=None))
@@ -203,14 +203,14 @@ class Handles:
             state.hot = True
             fd = state.fd
         try:
-            done = os.preadv(fd.fd, [buffer], offset, os.RWF_NOWAIT)
+            done = syscalls.preadv(fd.fd, [buffer], offset, os.RWF_NOWAIT)
         except OSError as exc:
             if exc.errno not in _WOULD_BLOCK:
                 raise
             done = 0
-        if done == len(buffer) or (done and offset + done >= os.fstat(fd.fd).st_size):
+        if done == len(buffer) or (done and offset + done >= syscalls.fstat(fd.fd).st_size):
             return done
-        rest: int = yield Blocking(partial(_read_all, fd, buffer[done:], offset + done))
+        rest: int = yield Blocking(partial(_read_all, fd, buffer[done:], offset + done), fd)
         return done + rest
 
     def read(self, node: Node, size: int, offset: int) -> Op[memoryview]:
@@ -283,7 +283,7 @@ class Handles:
     def lseek(self, node: Node, offset: int, whence: int) -> Op[int]:
         """lseek(2) with SEEK_DATA or SEEK_HOLE; ENXIO past the end."""
         fd = yield from self._readable(node)
-        return os.lseek(fd.fd, offset, whence)
+        return syscalls.lseek(fd.fd, offset, whence)
 
     def backing(self, node: Node) -> Fd | None:
         """The descriptor of the file that the kernel may read and write in place of us while `node` is open.
@@ -339,7 +339,7 @@ class Handles:
         """copy_file_range(2) between two files of the mount; EXDEV where the layers' file systems cannot."""
         out = yield from self.writable(target)
         fd = yield from self._readable(source)
-        done: int = yield Blocking(partial(_copy_range, fd, out, length, offset, target_offset))
+        done: int = yield Blocking(partial(_copy_range, fd, out, length, offset, target_offset), fd)
         return done
 
 

@@ -26,7 +26,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 AT_FDCWD: Final = -100
 AT_SYMLINK_NOFOLLOW: Final = 0x100
 AT_EMPTY_PATH: Final = 0x1000
-AT_RECURSIVE: Final = 0x8000
 
 RENAME_NOREPLACE: Final = 1
 RENAME_EXCHANGE: Final = 2
@@ -42,8 +41,6 @@ MS_NOSUID: Final = 2
 MS_NODEV: Final = 4
 MS_NOEXEC: Final = 8
 MS_SYNCHRONOUS: Final = 16
-MS_REMOUNT: Final = 32
-MS_MANDLOCK: Final = 64
 MS_DIRSYNC: Final = 128
 MS_NOATIME: Final = 1024
 MS_NODIRATIME: Final = 2048
@@ -56,7 +53,6 @@ UMOUNT_NOFOLLOW: Final = 8
 _NR_OPEN_TREE: Final = 428
 _NR_MOUNT_SETATTR: Final = 442
 _OPEN_TREE_CLONE: Final = 1
-_OPEN_TREE_CLOEXEC: Final = os.O_CLOEXEC
 MOUNT_ATTR_RDONLY: Final = 1
 MOUNT_ATTR_NOATIME: Final = 0x10
 _MOUNT_ATTR__ATIME: Final = 0x70
@@ -136,7 +132,9 @@ def proc_path(fd: int) -> bytes:
     return b"/proc/self/fd/%d" % fd
 
 
-# Opening and reading.
+# Opening and reading. Where it may be done in a lower it is done through this module, always: `remote` replaces it.
+
+fstat, fstatvfs, lseek, preadv = os.fstat, os.fstatvfs, os.lseek, os.preadv
 
 
 def open_dir(dirfd: int, name: bytes) -> Fd:
@@ -345,8 +343,6 @@ _Statx = ctypes.c_char * 256  # made once: create_string_buffer makes a type and
 _STATX_BTIME_AT: Final = 0x50
 _STATX_DEV_AT: Final = 0x88
 _AT_STATX_DONT_SYNC: Final = 0x4000
-
-
 _STATX_ATTRIBUTES_AT: Final = 0x08
 
 
@@ -414,7 +410,7 @@ def clone_mount(path: bytes, attributes: int) -> Fd:
 
     `path` is a directory. EPERM without CAP_SYS_ADMIN, ENOSYS before Linux 5.12.
     """
-    tree = Fd(_syscall(_NR_OPEN_TREE, AT_FDCWD, path, _OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC))
+    tree = Fd(_syscall(_NR_OPEN_TREE, AT_FDCWD, path, _OPEN_TREE_CLONE | os.O_CLOEXEC))
     if attributes:
         cleared = _MOUNT_ATTR__ATIME if attributes & _MOUNT_ATTR__ATIME else 0
         attr = struct.pack("=QQQQ", attributes, cleared, 0, 0)
@@ -423,8 +419,7 @@ def clone_mount(path: bytes, attributes: int) -> Fd:
 
 
 _AF_UNIX: Final = 1
-_SOCK_STREAM: Final = 1
-_SOCK_FLAGS: Final = os.O_NONBLOCK | os.O_CLOEXEC
+_SOCK_STREAM: Final = 1 | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 def listen_unix(path: bytes, mode: int, backlog: int) -> Fd:
@@ -432,17 +427,15 @@ def listen_unix(path: bytes, mode: int, backlog: int) -> Fd:
 
     Here and not by `socket`, whose import takes longer than a mount does.
     """
-    fd = Fd(_libc.socket(_AF_UNIX, _SOCK_STREAM | _SOCK_FLAGS, 0))
+    fd = Fd(_libc.socket(_AF_UNIX, _SOCK_STREAM, 0))
     if fd.fd < 0:
         raise _error()
     # Before it is bound: the file is never there with a wider mode (net/unix/af_unix.c), only a narrower one by umask.
     os.fchmod(fd.fd, mode)
     address = struct.pack("=H", _AF_UNIX) + path + b"\0"
-    if _libc.bind(fd.fd, address, len(address)):
+    if _libc.bind(fd.fd, address, len(address)) or _libc.listen(fd.fd, backlog):
         raise _error(path)
     os.chmod(path, mode)
-    if _libc.listen(fd.fd, backlog):
-        raise _error(path)
     return fd
 
 
@@ -483,6 +476,14 @@ def fs_uuid(fd: int) -> bytes:
     if buf[0] != 16:
         raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
     return bytes(buf[1:17])
+
+
+def fs_type(fd: int) -> int:
+    """The magic number of the file system of `fd` (O_PATH allowed), as statfs(2) has it."""
+    buf = _Statx()  # larger than a struct statfs
+    if _libc.fstatfs64(fd, buf):
+        raise _error()
+    return int(struct.unpack_from("@l", buf)[0])
 
 
 def _syscall(number: int, *args: int | bytes) -> int:

@@ -3,6 +3,7 @@
 Rules of this file:
 
 - A thread runs the function of one `Blocking` step, which touches descriptors and immutable values, and nothing else.
+  One that reads a layer that waits for somebody else (`remote`) runs in a thread of that one's file system.
 - Everything else here is the channel's thread's. What is due comes back through `ready`, which threads append to; the
   channel takes from it between two requests.
 - A sleeping channel is woken through `fd`, an eventfd; one that is awake looks at `ready` by itself. `sleeping` is set
@@ -15,11 +16,13 @@ import contextlib
 import errno
 import logging
 import os
-import queue
-import threading
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from unionfsd import remote
+from unionfsd.pool import Pool
 
 if TYPE_CHECKING:
     from unionfsd.fuse.exchange import Deferred
@@ -45,40 +48,33 @@ class Workers:
         self.ready: deque[Due] = deque()
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.sleeping = False
-        self._calls: queue.SimpleQueue[tuple[Deferred | None, Callable[[], Any]] | None] = queue.SimpleQueue()
-        self._threads: list[threading.Thread] = []
-        self._at_work = 0
+        self._pool = Pool(THREADS, "unionfsd step")
 
-    def submit(self, deferred: Deferred, fn: Callable[[], Any]) -> None:
-        """Have a thread call `fn`; `deferred` is then due with what it returned or raised."""
-        self._at_work += 1
-        if self._at_work > len(self._threads) < THREADS:
-            try:
-                self._start()
-            except RuntimeError as exc:  # no more threads for us; those there are come round to it
-                if not self._threads:
-                    self.ready.append(Due(deferred, None, OSError(errno.EAGAIN, f"no thread: {exc}")))
-                    return
-        self._calls.put((deferred, fn))
+    def submit(self, deferred: Deferred, fn: Callable[[], Any], source: object = None) -> None:
+        """Have a thread call `fn`, which reads `source`; `deferred` is then due with what it returned or raised."""
+        system = remote.system_of(source)
+        self.submit_to(self._pool if system is None else system.readers, deferred, fn)
+
+    def submit_to(self, pool: Pool, deferred: Deferred, fn: Callable[[], Any]) -> None:
+        """The same with a thread of `pool`."""
+        try:
+            pool.submit(partial(self._do, deferred, fn))
+        except RuntimeError as exc:
+            self.ready.append(Due(deferred, None, OSError(errno.EAGAIN, f"no thread: {exc}")))
 
     def call(self, fn: Callable[[], Any]) -> None:
         """Have a thread call `fn`, which raises nothing and which nobody waits for."""
-        if not self._threads:
-            try:
-                self._start()
-            except RuntimeError as exc:
-                log.warning("no thread: %s", exc)
-                return
-        self._calls.put((None, fn))
+        try:
+            self._pool.submit(fn)
+        except RuntimeError as exc:
+            log.warning("no thread: %s", exc)
 
     def due(self, deferred: Deferred) -> None:
         """`deferred` waits no longer. From the channel's thread, in the midst of another operation perhaps."""
-        self._at_work += 1
         self._back(Due(deferred, None, None))
 
     def take(self) -> Due:
         """The next of `ready`, which is not empty."""
-        self._at_work -= 1
         return self.ready.popleft()
 
     def awake(self) -> None:
@@ -89,25 +85,11 @@ class Workers:
 
     def close(self) -> None:
         """End the threads. Nothing may be under way."""
-        for _ in self._threads:
-            self._calls.put(None)
-        for thread in self._threads:
-            thread.join()
+        self._pool.close()
         os.close(self.fd)
 
-    def _start(self) -> None:
-        thread = threading.Thread(target=self._work, name="unionfsd step", daemon=True)
-        thread.start()
-        self._threads.append(thread)
-
-    def _work(self) -> None:
-        while (call := self._calls.get()) is not None:
-            deferred, fn = call
-            if deferred is None:
-                fn()
-            else:
-                self._back(_done(deferred, fn))
-            del call, deferred, fn  # not kept alive until the next call
+    def _do(self, deferred: Deferred, fn: Callable[[], Any]) -> None:
+        self._back(_done(deferred, fn))
 
     def _back(self, due: Due) -> None:
         self.ready.append(due)
