@@ -17,6 +17,7 @@ Rules this file obeys:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -26,7 +27,7 @@ from functools import partial
 from typing import Final
 
 from . import format as fmt
-from . import owners, protection, syscalls, verity
+from . import owners, protection, remote, syscalls, verity
 from .entries import UPPER, Entry, Source
 from .events import Events
 from .fdcache import FdCache
@@ -192,7 +193,7 @@ class CopyUp:
         if marks is not None:
             return marks.digest
         with lower.layer.open_data(lower.open(self._fds), name) as fd:
-            measured = verity.measure_verity(fd.fd)
+            measured = remote.ask(verity.measure_verity, fd.fd)
         return None if measured is None else fmt.Digest(*measured)
 
     def _special(self, node: Node, lower: LowerDir, source: Fd, metadata: Metadata) -> None:
@@ -221,6 +222,7 @@ class CopyUp:
                 source = elsewhere.open(self._fds)
             place = (lower, _below(node)) if elsewhere is None else elsewhere[:2]
             check = self._check(*place)
+            self._foresee(node)
             staged = self._work.stage_file(staging_mode(metadata, self.keeping))
             try:
                 guarded = protection.carry(own.fd, staged.fd.fd, self._work)
@@ -239,6 +241,19 @@ class CopyUp:
         finally:
             state.gate = None
             gate.open()
+
+    def _foresee(self, node: Node) -> None:
+        """Have what `_finish` asks of lowers asked before the data is copied, where that makes a difference."""
+        at = node.parent
+        while at is not None and not at.entry.upper:
+            lower = at.entry.lowers[0]
+            if lower.layer.system is not None:
+                source = lower.open(self._fds)
+                self._metadata(source, lower, b"")
+                protection.foresee(source)
+                with contextlib.suppress(OSError, ValueError):
+                    syscalls.file_handle(source, b"")
+            at = at.parent
 
     def _data(self, node: Node, source: Source, size: int | None) -> Op[None]:
         state = node.state()
@@ -264,7 +279,7 @@ class CopyUp:
             length = self._resolver.stat(node).st_size if size is None else size
             data, check = source.open(self._fds), self._check(source.lower, source.name)
             filling = partial(fill_data, staged.fd, data, source, length, check, sync=self._work.syncs)
-            yield from self._run(filling, length, node, staged.fd, source[:2])
+            yield from self._run(filling, length, node, staged.fd, data, source[:2])
             # Meanwhile its attributes may have changed, and its names.
             if not self._is_alone(node):
                 staged.abandon()
@@ -302,7 +317,7 @@ class CopyUp:
         length, sync = before.st.st_size, self._work.syncs
         data, check = source.open(self._fds), self._check(source.lower, source.name)
         filling = partial(fill_data, target, data, source, length, check, sync=sync)
-        yield from self._run(filling, length, node, target, source[:2])
+        yield from self._run(filling, length, node, target, data, source[:2])
         restore_privileges(target.fd, before, form)
         syscalls.utimens(target.fd, before.st.st_atime_ns, before.st.st_mtime_ns)
         for name in xattr_names(target.fd):
@@ -319,22 +334,22 @@ class CopyUp:
 
     def _fill(self, filling: Filling, node: Node, place: tuple[LowerDir, bytes]) -> Op[None]:
         """Fill a file that nobody sees yet with the data that is at `place`."""
-        copied = filling.at_once(self._room)
+        copied = filling.at_once(self._room) if remote.system_of(filling.source) is None else None
         if copied is None:
             run = partial(filling.run, sync=self._work.syncs)
-            yield from self._run(run, filling.length, node, filling.target, place)
+            yield from self._run(run, filling.length, node, filling.target, filling.source, place)
             return
         self._counters.copied_bytes += copied
         if copied and self._work.syncs:
             yield Blocking(partial(_sync, filling.target))
 
     def _run(
-        self, fill: Callable[[], int], size: int, node: Node, target: Fd, place: tuple[LowerDir, bytes]
+        self, fill: Callable[[], int], size: int, node: Node, target: Fd, source: Fd, place: tuple[LowerDir, bytes]
     ) -> Op[None]:
-        """Call `fill`, which fills a file that nobody sees yet with the data that is at `place`, in a thread."""
+        """In a thread, have `fill` give a file that nobody sees yet the data of `source`, which is at `place`."""
         try:
             with self._counters.working("copy-up", path_of(node), size, partial(_size, target)):
-                self._counters.copied_bytes += yield Blocking(fill)
+                self._counters.copied_bytes += yield Blocking(fill, source)
         except UnsoundError:
             assert self._resolver.integrity is not None
             raise self._resolver.integrity.fail(*place, "data") from None

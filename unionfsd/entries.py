@@ -32,6 +32,13 @@ class Source(NamedTuple):
         return os.fsdecode(b"/".join((self.lower.layer.path, *self.lower.components(), self.name)))
 
 
+class Spot(NamedTuple):
+    """Where an object can be reached: `name` in the directory fd `dirfd`; an empty name means `dirfd` itself."""
+
+    dirfd: int
+    name: bytes
+
+
 class Entry:
     """What an object is made of; a value.
 

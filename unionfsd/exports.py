@@ -225,7 +225,7 @@ class Exports:
         dirfd, name = self._resolver.spot(node)
         if entry.upper:
             with self._resolver.open_object(node) as fd:
-                if self._resolver.stack.ino(os.fstat(fd.fd)) != node.ino:
+                if self._resolver.stack.ino(syscalls.fstat(fd.fd)) != node.ino:
                     values = (optional_xattr(fd.fd, attr) for attr in fmt.ORIGIN_NAMES)
                     origin = next((fmt.decode_origin(value) for value in values if value), None)
                     if origin is not None:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final, TypeAlias, TypeVar
 
-from . import protection, syscalls, verity
+from . import protection, remote, syscalls, verity
 from .copyup import CopyUp
 from .fdcache import FdCache
 from .guard import Guard
@@ -107,7 +107,7 @@ class Handles:
                 self._admit(state, fd)
                 return fd
             else:
-                yield Blocking(partial(verity.check, fd, data.digest, data.path))
+                yield Blocking(partial(verity.check, fd, data.digest, data.path), fd)
                 # Meanwhile it may have been copied up; if not, it need not be checked again.
                 if node.entry.data is data:
                     node.entry = node.entry.with_data(data._replace(digest=None))
@@ -208,17 +208,18 @@ class Handles:
             state.hot = True
             fd = state.fd
         try:
-            done = os.preadv(fd.fd, [buffer], offset, os.RWF_NOWAIT)
+            done = syscalls.preadv(fd.fd, [buffer], offset, os.RWF_NOWAIT)
         except OSError as exc:
             if exc.errno not in _WOULD_BLOCK:
                 raise
             done = 0
         if done == len(buffer):
             return done
-        left = os.fstat(fd.fd).st_size - offset  # so that no call is made to see that the end has come
-        if done >= left:
+        # So that no call is made to see that the end has come.
+        end = len(buffer) if remote.system_of(fd) else os.fstat(fd.fd).st_size - offset
+        if done >= end:
             return done
-        rest: int = yield Blocking(partial(_read_all, fd, buffer[done:left], offset + done))
+        rest: int = yield Blocking(partial(_read_all, fd, buffer[done:end], offset + done), fd)
         return done + rest
 
     def read(self, node: Node, size: int, offset: int) -> Op[memoryview]:
@@ -292,7 +293,7 @@ class Handles:
     def lseek(self, node: Node, offset: int, whence: int) -> Op[int]:
         """lseek(2) with SEEK_DATA or SEEK_HOLE; ENXIO past the end."""
         fd = yield from self._readable(node)
-        return os.lseek(fd.fd, offset, whence)
+        return syscalls.lseek(fd.fd, offset, whence)
 
     def backing(self, node: Node) -> Fd | None:
         """The descriptor of the file that the kernel may read and write in place of us while `node` is open.
@@ -348,7 +349,7 @@ class Handles:
         """copy_file_range(2) between two files of the mount; EXDEV where the layers' file systems cannot."""
         out = yield from self.writable(target)
         fd = yield from self._readable(source)
-        done: int = yield Blocking(partial(_copy_range, fd, out, length, offset, target_offset))
+        done: int = yield Blocking(partial(_copy_range, fd, out, length, offset, target_offset), fd)
         return done
 
 

@@ -17,17 +17,21 @@ import contextlib
 import logging
 import os
 import stat
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from . import intent, syscalls
 from .entries import UPPER, Asleep, Entry
 from .inodes import DirNode, Node, NodeTable, child
 from .ledger import ROOT_ID, Flag, Intent, Kind, Record
 from .lookup import Resolver
+from .remote import Patience
 from .syscalls import Fd, stat_or_none
 from .workdir import Workdir
 
 log = logging.getLogger(__name__)
+
+_PATIENCE: Final = 5.0
+"""Seconds that lowers which wait for somebody have, in all: then they count as layers that cannot be read."""
 
 
 class Answered(NamedTuple):
@@ -63,6 +67,7 @@ class Heir:
         self._table = table
         self._work = work
         self._kept: set[int] = set()
+        self._patience = Patience(_PATIENCE)
 
     def resume(self) -> Inheritance:
         """Know again what the ledger has, and settle what became of the last change."""
@@ -93,8 +98,8 @@ class Heir:
         if last.kind is Kind.XATTR:
             return True
         try:
-            parent = table.directory(last.parent)
-            there = self._resolver.find(parent, last.name) is not None
+            parent = self._patience.get(lambda: table.directory(last.parent))
+            there = self._patience.get(lambda: self._resolver.find(parent, last.name)) is not None
         except OSError:
             return False  # the directory is gone: so is who asked
         if there is (last.kind is Kind.GONE):
@@ -111,8 +116,7 @@ class Heir:
     def _link(self, parent: DirNode, last: Intent) -> None:
         """The node that got a further name has it, and who looks up either finds the one node."""
         with contextlib.suppress(OSError):  # forgotten since
-            node = self._table.get(last.record)
-            st = self._resolver.stat(node)
+            node, st = self._found(last.record)
             self._table.know_inode((st.st_dev, st.st_ino), node)
             self._table.alias(node, parent, last.name)
 
@@ -156,12 +160,15 @@ class Heir:
         for record in records:
             if record.flags & Flag.LINKED and table.ledger.has(record.nodeid):
                 with contextlib.suppress(OSError):  # asleep still: then it is ESTALE to who asks
-                    node = table.get(record.nodeid)
-                    st = self._resolver.stat(node)
+                    node, st = self._found(record.nodeid)
                     table.know_inode((st.st_dev, st.st_ino), node)
         for record in records:
             if record.flags & Flag.ALIAS and table.ledger.has(record.nodeid):
                 table.restore_alias(record)
+
+    def _found(self, nodeid: int) -> tuple[Node, os.stat_result]:
+        node = self._patience.get(lambda: self._table.get(nodeid))
+        return node, self._patience.get(lambda: self._resolver.stat(node))
 
     def _wake(self, node: Node) -> None:
         """Find out what a node is made of, and what it lies in. OSError where a layer cannot be read."""

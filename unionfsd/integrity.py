@@ -113,7 +113,7 @@ class Integrity:
         wanted = lower.layer.tree.find(_path(lower, name))
         if wanted is None:
             raise self.fail(lower, name, "added")
-        if treeindex.describe_object(fd, os.fstat(fd)) != wanted.metadata:
+        if treeindex.describe_object(fd, syscalls.fstat(fd)) != wanted.metadata:
             raise self.fail(lower, name, "metadata")
 
     def names(self, lower: LowerDir) -> bool:
@@ -155,8 +155,8 @@ class Integrity:
         if small is not None:
             return _sha256(small) == wanted.content
         progress = _Progress()
-        with self._counters.working("verify", path, os.fstat(fd.fd).st_size, lambda: progress.done):
-            sound: bool = yield Blocking(partial(holds, fd, wanted, progress))
+        with self._counters.working("verify", path, syscalls.fstat(fd.fd).st_size, lambda: progress.done):
+            sound: bool = yield Blocking(partial(holds, fd, wanted, progress), fd)
         return sound
 
 
@@ -164,10 +164,10 @@ def _at_hand(fd: Fd) -> memoryview | None:
     """The data of a small file if the page cache has it: looking through it costs less than a thread would."""
     buffer = memoryview(bytearray(_SMALL + 1))
     try:
-        count = os.preadv(fd.fd, [buffer], 0, os.RWF_NOWAIT)
+        count = syscalls.preadv(fd.fd, [buffer], 0, os.RWF_NOWAIT)
     except OSError:
         return None  # not there, or its file system cannot say so
-    return buffer[:count] if count == os.fstat(fd.fd).st_size <= _SMALL else None
+    return buffer[:count] if count == syscalls.fstat(fd.fd).st_size <= _SMALL else None
 
 
 def _sha256(data: memoryview) -> bytes:
@@ -208,7 +208,7 @@ def see(wanted: Record, fd: Fd) -> None:
 
 def same_state(fd: Fd) -> tuple[int, int, int]:
     """What of an open file changes when somebody changes it."""
-    st = os.fstat(fd.fd)
+    st = syscalls.fstat(fd.fd)
     return st.st_dev, st.st_ino, st.st_ctime_ns
 
 

@@ -8,15 +8,17 @@ Rules this file obeys:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Final, NamedTuple, Protocol
 
 from . import format as fmt
-from . import syscalls
+from . import remote, syscalls
 from .fdcache import FdCache, Holder
 from .inuse import unlock
 from .syscalls import Fd
@@ -54,15 +56,30 @@ class _OfDescriptor:
 class Layer:
     """One directory of the stack: `root` is an O_PATH fd, `path` what the user called it, `dev` its st_dev."""
 
-    __slots__ = ("_uuid", "dev", "idmapped", "noatime", "override", "path", "root", "root_dir", "tree", "writable")
+    __slots__ = (
+        "_uuid",
+        "dev",
+        "idmapped",
+        "noatime",
+        "override",
+        "path",
+        "root",
+        "root_dir",
+        "system",
+        "tree",
+        "writable",
+    )
 
     def __init__(self, path: bytes, root: Fd, *, writable: bool, noatime: bool) -> None:
         self.path = path
-        self.root = root
+        self.root = root if writable else remote.layer_root(root)
+        #: What it waits for, a lower whose file system does for somebody else.
+        self.system = remote.system_of(self.root)
+        root = self.root
         self.dev = os.fstat(root.fd).st_dev
         self.writable = writable
         self.noatime = noatime
-        self.root_dir = LowerDir(self, None, b"")
+        self.root_dir = (LowerDir if self.system is None else RemoteDir)(self, None, b"")
         #: Whether the kernel maps the ids of its mount already; looked at only where ids are mapped at all.
         self.idmapped = False
         #: How it keeps owners and modes; None: as its file system does.
@@ -70,6 +87,8 @@ class Layer:
         #: What it must hold, where that is checked.
         self.tree: TreeIndex | None = None
         self._uuid: bytes | None = None
+        if self.system is not None:
+            _ = self.uuid  # now that it answers: whether something is of this layer is asked of others, too
 
     @property
     def uuid(self) -> bytes:
@@ -89,7 +108,7 @@ class Layer:
                 syscalls.reopen(self.root.fd, os.O_RDONLY | os.O_DIRECTORY) as mount,
                 syscalls.open_by_handle(mount.fd, kind, handle) as fd,
             ):
-                return os.fstat(fd.fd)
+                return syscalls.fstat(fd.fd)
         except OSError:
             return None
 
@@ -99,7 +118,7 @@ class Layer:
         One whose data is elsewhere (metacopy) has a hole there: see `read_data_marks`.
         """
         fd = self._open(dirfd, name, os.O_RDWR if write else os.O_RDONLY)
-        if not stat.S_ISREG(os.fstat(fd.fd).st_mode):
+        if not stat.S_ISREG(syscalls.fstat(fd.fd).st_mode):
             raise OSError(errno.EIO, "layer changed underneath: not a regular file", os.fsdecode(name))
         return fd
 
@@ -113,6 +132,15 @@ class Layer:
 
     def scan(self, fd: int) -> Iterator[DirEntry]:
         """Entries of the directory that the O_PATH `fd` refers to, without "." and ".."."""
+        if self.system is not None:
+            entries, known = remote.ask(self._scanned, fd)
+            if isinstance(fd, remote.Number):
+                fd.keep(known)
+            yield from entries
+        else:
+            yield from self._scan(fd)
+
+    def _scan(self, fd: int) -> Iterator[DirEntry]:
         if self.noatime or self.writable:
             with os.scandir(syscalls.proc_path(fd)) as entries:
                 yield from entries
@@ -124,6 +152,14 @@ class Layer:
             reading = syscalls.reopen(fd, flags)
         with reading, os.scandir(reading.fd) as unnamed:
             yield from map(_OfDescriptor, unnamed)
+
+    def _scanned(self, fd: int) -> tuple[list[DirEntry], remote.Known]:
+        """All of them, their types asked for where the directory does not tell, and what is known of them."""
+        entries = list(self._scan(fd))
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                entry.is_symlink()
+        return entries, remote.foresee(fd, chain.from_iterable(map(_next_questions, entries)))
 
     def __repr__(self) -> str:
         return f"Layer({os.fsdecode(self.path)!r})"
@@ -167,6 +203,12 @@ class LowerDir(Holder):
             self._marks = read_marks(self.open(fds))
         return self._marks
 
+    def stat(self, fds: FdCache) -> os.stat_result:
+        return syscalls.fstat(self.open(fds))
+
+    def doubt(self, fds: FdCache) -> None:
+        """Forget what is known of the names in it."""
+
     def child(self, name: bytes) -> LowerDir:
         return LowerDir(self.layer, self, name)
 
@@ -181,6 +223,39 @@ class LowerDir(Holder):
 
     def __repr__(self) -> str:
         return f"LowerDir({os.fsdecode(self.layer.path)!r}, {b'/'.join(self.components())!r})"
+
+
+class RemoteDir(LowerDir):
+    """One of a layer that waits for somebody else: what was known when its parent was listed need not be asked."""
+
+    __slots__ = ()
+
+    def marks(self, fds: FdCache) -> fmt.Marks:
+        if self._marks is None and self.parent is not None:
+            self._marks = remote.ask(_marks_of, self.parent.open(fds), self.name)
+        return super().marks(fds)
+
+    def stat(self, fds: FdCache) -> os.stat_result:
+        return super().stat(fds) if self.parent is None else syscalls.stat_at(self.parent.open(fds), self.name)
+
+    def doubt(self, fds: FdCache) -> None:
+        number = self.open(fds)
+        if isinstance(number, remote.Number):
+            number.forget()
+
+    def child(self, name: bytes) -> LowerDir:
+        return RemoteDir(self.layer, self, name)
+
+
+def _marks_of(dirfd: int, name: bytes) -> fmt.Marks:
+    with syscalls.open_dir(dirfd, name) as fd:
+        return read_marks(fd.fd)
+
+
+def _next_questions(entry: DirEntry) -> Iterator[tuple[Callable[..., object], bytes]]:
+    yield from remote.about(entry.name)
+    if entry.is_dir(follow_symlinks=False):
+        yield _marks_of, entry.name
 
 
 def read_marks(dirfd: int) -> fmt.Marks:
@@ -313,6 +388,11 @@ class LayerStack:
     @property
     def top(self) -> Layer:
         return self.upper or self.lowers[0]
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether a lower waits for somebody else."""
+        return any(layer.system is not None for layer in (*self.lowers, *self.data))
 
     def _fsid(self, dev: int) -> int:
         return self._fsids.setdefault(dev, len(self._fsids) & 0x7F)

@@ -23,6 +23,7 @@ from . import format as fmt
 from . import syscalls
 from .fdcache import FdCache
 from .layers import DirEntry, Layer, LayerStack, LowerDir, is_xattr_whiteout
+from .remote import AskedError, together
 
 DT_UNKNOWN: Final = 0
 DT_CHR: Final = 2
@@ -110,6 +111,7 @@ def _merge_lower(
 ) -> list[bytes]:
     """Add what `lower` has; `closed` are the names that end above it. Returns what its ``.wh.`` entries hide."""
     hidden = []
+    asked = []
     xwhiteouts = lower.marks(fds).xwhiteouts
     fd = lower.open(fds)
     for entry in lower.layer.scan(fd):
@@ -118,7 +120,11 @@ def _merge_lower(
             if target := fmt.wh_target(name):
                 hidden.append(target)
         elif name not in closed:
-            kind = entry_type(fd, entry, xwhiteouts=xwhiteouts)
+            try:
+                kind = entry_type(fd, entry, xwhiteouts=xwhiteouts)
+            except AskedError as error:
+                asked.append(error)
+                continue
             known = merged.get(name)
             if kind is None or (known is not None and kind != DT_DIR):
                 closed.add(name)
@@ -126,6 +132,8 @@ def _merge_lower(
                 merged.add(name, kind, stack.entry_ino(lower.layer, entry.inode()), index)
             elif known.type == DT_DIR:
                 merged.stacks[name] = (*merged.indices(name), index)
+    if asked:
+        raise together(asked)
     return hidden
 
 

@@ -26,7 +26,7 @@ from typing import Final, NamedTuple
 
 from . import format as fmt
 from . import listing, syscalls
-from .entries import UPPER, Entry, Source
+from .entries import UPPER, Entry, Source, Spot
 from .errors import SCARCE
 from .fdcache import FdCache
 from .index import Index
@@ -53,13 +53,6 @@ class Hit(NamedTuple):
     entry: Entry
     st: os.stat_result
     ino: int
-
-
-class Spot(NamedTuple):
-    """Where an object can be reached: `name` in the directory fd `dirfd`; an empty name means `dirfd` itself."""
-
-    dirfd: int
-    name: bytes
 
 
 class Resolver:
@@ -96,7 +89,7 @@ class Resolver:
             self.integrity.directories(roots)
         opaque_at = (depth for depth, root in enumerate(roots[:-1], 1) if root.marks(self.fds).opaque)
         self._roots = roots[: next(opaque_at, len(roots))]
-        st = os.fstat(self.stack.top.root.fd)
+        st = syscalls.fstat(self.stack.top.root.fd)
         return Hit(Entry(upper is not None, self._roots), st, self._dir_ino(self._roots, st))
 
     # Where things are.
@@ -154,7 +147,7 @@ class Resolver:
     def stat(self, node: Node) -> os.stat_result:
         """lstat of the object of `node`."""
         dirfd, name = self.spot(node)
-        return syscalls.stat_at(dirfd, name) if name else os.fstat(dirfd)
+        return syscalls.stat_at(dirfd, name) if name else syscalls.fstat(dirfd)
 
     def open_object(self, node: Node) -> syscalls.Fd:
         """A new O_PATH fd of the object of `node`."""
@@ -375,7 +368,7 @@ class Resolver:
             if marks.redirect is not None:
                 lowers += self._follow(parents[index + 1 :], self._roots_below(lower), marks.redirect)
                 break
-        st = os.fstat(lowers[0].open(self.fds))
+        st = lowers[0].stat(self.fds)
         return Hit(Entry(False, tuple(lowers)), st, self.stack.ino(st))
 
     def _roots_below(self, lower: LowerDir) -> tuple[LowerDir, ...]:
@@ -406,7 +399,7 @@ class Resolver:
 
     def _dir_ino(self, lowers: tuple[LowerDir, ...], st: os.stat_result) -> int:
         """A directory keeps the number of the topmost lower it is merged with, so copy-up does not change it."""
-        return self.stack.ino(os.fstat(lowers[0].open(self.fds)) if lowers else st)
+        return self.stack.ino(lowers[0].stat(self.fds) if lowers else st)
 
     def _leaf_ino(self, parent: DirNode, dirfd: int, name: bytes, st: os.stat_result, *, indexed: bool = False) -> int:
         """A copied-up object keeps the number of the lower it came from.
@@ -461,9 +454,11 @@ class Resolver:
         return names
 
     def _pays(self, node: DirNode) -> bool:
+        if not node.probes:
+            size = sum(lower.stat(self.fds).st_size for lower in node.entry.lowers)
+            node.probes = 1
+            return size <= _READ_AT_ONCE
         node.probes += 1
-        if node.probes == 1:
-            return sum(os.fstat(lower.open(self.fds)).st_size for lower in node.entry.lowers) <= _READ_AT_ONCE
         return node.probes > _READ_AFTER
 
     def _read_upper(self, node: DirNode) -> UpperNames | None:
@@ -489,10 +484,14 @@ class Resolver:
             if name in known:
                 yield name, known[name].ino, kind
             elif upper is not None and name in upper.names and (impure or (lowers and name in lowers)):
-                hit = self.find(node, name)
-                yield name, ino if hit is None else hit.ino, kind
+                yield name, self._listed_ino(node, name, ino), kind
             else:
                 yield name, ino, kind
+
+    def _listed_ino(self, node: DirNode, name: bytes, ino: int) -> int:
+        """The inode number of a name of an upper directory that says `ino`."""
+        hit = self.find(node, name)
+        return ino if hit is None else hit.ino
 
     def is_empty(self, node: DirNode) -> bool:
         """Whether the union shows nothing in `node`."""

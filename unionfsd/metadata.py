@@ -52,7 +52,7 @@ def read_metadata(fd: int, form: fmt.OverrideForm | None) -> Metadata:
         if shown is not None:
             xattrs[shown] = owners.read_xattr(fd, shown, form)
     elsewhere = any(name in names for name in fmt.METACOPY_NAMES)
-    return Metadata(owners.recorded(fd, os.fstat(fd), form), xattrs, elsewhere=elsewhere)
+    return Metadata(owners.recorded(fd, syscalls.fstat(fd), form), xattrs, elsewhere=elsewhere)
 
 
 def apply_metadata(fd: int, metadata: Metadata, keeping: Keeping) -> None:
@@ -61,7 +61,7 @@ def apply_metadata(fd: int, metadata: Metadata, keeping: Keeping) -> None:
     The order matters: chown drops capabilities and the suid bit, and everything moves the times.
     """
     st, form = metadata.st, keeping.form
-    own = os.fstat(fd)
+    own = syscalls.fstat(fd)
     moved = form is None and (own.st_uid, own.st_gid) != (st.st_uid, st.st_gid)
     if moved:
         keeping.owners.forgive(lambda: syscalls.chown(fd, st.st_uid, st.st_gid))

@@ -163,7 +163,7 @@ class Mutations:
         if parent.heritage is None:
             fd = self._resolver.directory(parent)
             form = layer_of(self._resolver, parent).override
-            st = owners.recorded(fd, os.fstat(fd), form)
+            st = owners.recorded(fd, syscalls.fstat(fd), form)
             gid = st.st_gid if st.st_mode & stat.S_ISGID else None
             parent.heritage = Heritage(gid, None if self._noacl else _default_acl(fd, form))
         return parent.heritage

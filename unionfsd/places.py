@@ -203,7 +203,7 @@ class Places:
             return
         try:
             with self._resolver.open_object(node) as fd:
-                if stat.S_ISREG(os.fstat(fd.fd).st_mode):
+                if stat.S_ISREG(syscalls.fstat(fd.fd).st_mode):
                     self._resolver.locate(node, fd.fd)
         except OSError as exc:
             if exc.errno in SCARCE:

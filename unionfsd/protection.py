@@ -58,6 +58,15 @@ def carry_object(source: int, target: int, work: Workdir) -> None:
             _mark(target, protected, work)
 
 
+def foresee(source: int) -> None:
+    """Ask of `source` what `carry_object` will."""
+    try:
+        with syscalls.reopen(source, os.O_RDONLY | os.O_NONBLOCK) as readable:
+            _flags(readable.fd)
+    except PermissionError:
+        syscalls.attributes_at(source, b"")
+
+
 def keep(old: int, new: int, work: Workdir) -> None:
     """Protect the staged object `new` as `old` of the upper is, whose place it takes."""
     name = work.xattr(fmt.PROTATTR)

@@ -12,12 +12,16 @@ Rules this file obeys:
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 from .fdcache import FdCache
 from .inodes import DirNode, Node, NodeTable, child, path_of
 from .lookup import Hit, Resolver
+from .remote import Answers, AskedError, attend
+
+T = TypeVar("T")
 
 
 class Looked(NamedTuple):
@@ -78,20 +82,32 @@ class Memory:
         """The files that the kernel says it has open. With io=cached it does not say."""
         return [Opened(path_of(node), node.open.opens) for node in self._table if node.open and node.open.opens]
 
-    def refresh(self, path: tuple[bytes, ...]) -> Iterator[Looked]:
+    def refresh(self, path: tuple[bytes, ...]) -> Iterator[Looked | AskedError]:
         """Resolve what is known of the directory `path` and beneath it again, one directory a step.
 
-        Other operations may run between two steps. OSError when a layer cannot be read.
+        Other operations may run between two steps. What has to be asked first comes as an AskedError: it is to be found
+        out before the next step. OSError when a layer cannot be read.
         """
-        root = self._table.root
-        root.own_entry(self._resolver.root().entry)
-        top = self._known(path)
+        top = yield from self._asking(lambda: self._top(path))
         pending = [] if top is None else [top]
         while pending:
             node = pending.pop()
             if self._is_known(node):
-                yield self._look(node)
+                yield (yield from self._asking(partial(self._look, node)))
                 pending += [below for below in (node.children or {}).values() if isinstance(below, DirNode)]
+
+    def _asking(self, look: Callable[[], T]) -> Generator[AskedError, None, T]:
+        answers: Answers | None = {} if self._resolver.stack.is_remote else None
+        while True:
+            try:
+                with attend(answers):
+                    return look()
+            except AskedError as asked:
+                yield asked
+
+    def _top(self, path: tuple[bytes, ...]) -> DirNode | None:
+        self._table.root.own_entry(self._resolver.root().entry)
+        return self._known(path)
 
     def _known(self, path: tuple[bytes, ...]) -> DirNode | None:
         """The node of a directory, those above it resolved again; None when it is not known, or none any more."""
@@ -124,6 +140,8 @@ class Memory:
     def _forget(self, node: DirNode) -> None:
         self._resolver.kept.released(node)
         node.doubt()
+        for lower in node.entry.lowers:
+            lower.doubt(self._fds)
 
     def _again(self, parent: DirNode, name: bytes, node: Node) -> bool:
         """Resolve `node` again; False when it is no longer what `name` is, and has lost the name."""

@@ -134,11 +134,14 @@ class Serving:
             from unionfsd.fuse import libfuse
 
             return Transport(partial(libfuse.serve, union, fuse_fd, config, started=self._started), _settled)
-        from unionfsd.fuse import channel
+        from unionfsd.fuse import channels
 
-        serving = channel.channel(union, fuse_fd, config, self._started)
+        serving = channels.channel(union, fuse_fd, config, self._started)
         if self._life is not None and self._life.number:
             serving.resume(union.resume(), self._life.refused)
+        if self._union.stack.is_remote:
+            # It starts a process, as whose the files of a layer that is open are closed, which may mean to wait.
+            import trio  # noqa: F401
         # A service manager wants to hear from us, by the event loop.
         patience = 0.0 if systemd.listening() else _PATIENCE
         serving.begin(self._is_wanted, patience)

@@ -21,12 +21,16 @@ T = TypeVar("T")
 
 
 class Blocking:
-    """A call that may block: `fn` takes nothing, runs in a thread, and its result or exception goes back in."""
+    """A call that may block: `fn` takes nothing, runs in a thread, and its result or exception goes back in.
 
-    __slots__ = ("fn",)
+    `source`: the descriptor of a lower that it reads, if it does: that may be one that waits for somebody else.
+    """
 
-    def __init__(self, fn: Callable[[], Any]) -> None:
+    __slots__ = ("fn", "source")
+
+    def __init__(self, fn: Callable[[], Any], source: object = None) -> None:
         self.fn = fn
+        self.source = source
 
 
 class Calling(Blocking):
@@ -59,8 +63,12 @@ class Gate:
             self._callbacks.append(callback)
 
 
-class FrozenError(Exception):
-    """Nothing may be changed now, and nothing was: begin the operation again when `gate` opens."""
+class LaterError(Exception):
+    """Not now, and nothing was done: the operation is to be begun again."""
+
+
+class FrozenError(LaterError):
+    """Nothing may be changed now: again when `gate` opens."""
 
     def __init__(self, gate: Gate) -> None:
         super().__init__("frozen")

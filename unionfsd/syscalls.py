@@ -46,7 +46,6 @@ UMOUNT_NOFOLLOW: Final = 8
 _NR_OPEN_TREE: Final = 428
 _NR_MOUNT_SETATTR: Final = 442
 _OPEN_TREE_CLONE: Final = 1
-_OPEN_TREE_CLOEXEC: Final = os.O_CLOEXEC
 MOUNT_ATTR_RDONLY: Final = 1
 MOUNT_ATTR_NOATIME: Final = 0x10
 _MOUNT_ATTR__ATIME: Final = 0x70
@@ -125,7 +124,9 @@ def proc_path(fd: int) -> bytes:
     return b"/proc/self/fd/%d" % fd
 
 
-# Opening and reading.
+# Opening and reading. Where it may be done in a lower it is done through this module, always: `remote` replaces it.
+
+fstat, fstatvfs, lseek, preadv = os.fstat, os.fstatvfs, os.lseek, os.preadv
 
 
 def open_dir(dirfd: int, name: bytes) -> Fd:
@@ -201,6 +202,8 @@ def readlink(fd: int) -> bytes:
 
 
 # Changing. Every function below is in MUTATING.
+
+truncate, fsync, fdatasync = os.ftruncate, os.fsync, os.fdatasync
 
 
 def create_at(dirfd: int, name: bytes, mode: int) -> Fd:
@@ -298,11 +301,6 @@ def removexattr(fd: int, name: bytes) -> None:
     _on(os.removexattr, fd, name)
 
 
-def truncate(fd: int, size: int) -> None:
-    """ftruncate(2)."""
-    os.ftruncate(fd, size)
-
-
 def pwrite(fd: int, data: Any, offset: int) -> int:
     """pwrite(2); returns the bytes written, which may be fewer than given."""
     return os.pwrite(fd, data, offset)
@@ -390,14 +388,6 @@ def device_of(path: bytes) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def fsync(fd: int) -> None:
-    os.fsync(fd)
-
-
-def fdatasync(fd: int) -> None:
-    os.fdatasync(fd)
-
-
 def syncfs(fd: int) -> None:
     """Write back the file system that `fd` lies on."""
     if _libc.syncfs(fd):
@@ -425,7 +415,7 @@ def clone_mount(path: bytes, attributes: int) -> Fd:
 
     `path` is a directory. EPERM without CAP_SYS_ADMIN, ENOSYS before Linux 5.12.
     """
-    tree = Fd(_syscall(_NR_OPEN_TREE, AT_FDCWD, path, _OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC))
+    tree = Fd(_syscall(_NR_OPEN_TREE, AT_FDCWD, path, _OPEN_TREE_CLONE | os.O_CLOEXEC))
     if attributes:
         cleared = _MOUNT_ATTR__ATIME if attributes & _MOUNT_ATTR__ATIME else 0
         attr = struct.pack("=QQQQ", attributes, cleared, 0, 0)
@@ -434,8 +424,7 @@ def clone_mount(path: bytes, attributes: int) -> Fd:
 
 
 _AF_UNIX: Final = 1
-_SOCK_STREAM: Final = 1
-_SOCK_FLAGS: Final = os.O_NONBLOCK | os.O_CLOEXEC
+_SOCK_STREAM: Final = 1 | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 def listen_unix(path: bytes, mode: int, backlog: int) -> Fd:
@@ -443,17 +432,15 @@ def listen_unix(path: bytes, mode: int, backlog: int) -> Fd:
 
     Here and not by `socket`, whose import takes longer than a mount does.
     """
-    fd = Fd(_libc.socket(_AF_UNIX, _SOCK_STREAM | _SOCK_FLAGS, 0))
+    fd = Fd(_libc.socket(_AF_UNIX, _SOCK_STREAM, 0))
     if fd.fd < 0:
         raise _error()
     # Before it is bound: the file is never there with a wider mode (net/unix/af_unix.c), only a narrower one by umask.
     os.fchmod(fd.fd, mode)
     address = struct.pack("=H", _AF_UNIX) + path + b"\0"
-    if _libc.bind(fd.fd, address, len(address)):
+    if _libc.bind(fd.fd, address, len(address)) or _libc.listen(fd.fd, backlog):
         raise _error(path)
     os.chmod(path, mode)
-    if _libc.listen(fd.fd, backlog):
-        raise _error(path)
     return fd
 
 
@@ -485,6 +472,14 @@ def open_by_handle(mount_fd: int, kind: int, handle: bytes) -> Fd:
     if fd < 0:
         raise _error()
     return Fd(fd)
+
+
+def fs_type(fd: int) -> int:
+    """The magic number of the file system of `fd` (O_PATH allowed), as statfs(2) has it."""
+    buf = _Statx()  # larger than a struct statfs
+    if _libc.fstatfs64(fd, buf):
+        raise _error()
+    return int(struct.unpack_from("@l", buf)[0])
 
 
 def _syscall(number: int, *args: int | bytes) -> int:

@@ -42,6 +42,7 @@ from .mutations import Caller, Mutations
 from .options import MountConfig
 from .owners import Owners, StatLike
 from .parts import Parts, open_parts, take_parts
+from .patience import resolver_for
 from .places import Places, fail
 from .readers import Readers
 from .refresh import Memory
@@ -70,7 +71,7 @@ class Union:
         self._touched = False
         self._freeze = Freeze()
         self._fds = FdCache(*fd_budget(), who=lambda: self.events.who().uid)
-        self._resolver = Resolver(stack, self._fds, **config.rules)
+        self._resolver = resolver_for(stack)(stack, self._fds, **config.rules)
         self._resolver.index = self._index = index
         self._resolver.kept_in = -1 if work is None else work.fd
         self._resolver.integrity = integrity(stack, self._fds, self.counters, self.events)
@@ -343,7 +344,7 @@ class Union:
 
     def statfs(self, nodeid: int) -> os.statvfs_result:
         """Space of the upper, or of the topmost lower when there is no upper."""
-        return os.fstatvfs(self.stack.top.root.fd)
+        return syscalls.fstatvfs(self.stack.top.root.fd)
 
     # Data.
 

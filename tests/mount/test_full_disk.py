@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.harness import Daemon, Layers, litter, run, small_disk
+from tests.harness import Daemon, Layers, Mode, litter, run, small_disk
 from tests.trees import errno_of
 
 pytestmark = pytest.mark.privileged
@@ -90,3 +91,35 @@ def work_without_space(union: Daemon, layers: Layers, place: Path) -> None:
     assert (union / "f1").read_bytes() == (union / "moved").read_bytes() == b"lower" * 4000
     assert (union / "f4").read_bytes() == b"W" * 8000 + b"lower" * 2400
     assert not {f"f{number}" for number in deleted} & set(os.listdir(union.path))
+
+
+def test_no_descriptors(mode: Mode, layers: Layers) -> None:
+    """The process that serves may open nothing more: EMFILE, as it is, nothing changed, and all is well afterwards."""
+    for number in range(20):
+        (layers.lower / f"d{number}").mkdir()
+        (layers.lower / f"d{number}/f").write_bytes(b"lower")
+    with Daemon(layers, mode.options) as union:
+        union.settle()
+        names = sorted(os.listdir(union.path))
+        before = resource.prlimit(union.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(union.pid, resource.RLIMIT_NOFILE, (3, before[1]))
+        refused = {
+            "read": errno_of((union / "d1/f").read_bytes),
+            "list": errno_of(os.listdir, union / "d2"),
+            "copy-up": errno_of(os.chmod, union / "d3/f", 0o600),
+            "create": errno_of((union / "d4/new").write_bytes, b"new"),
+            "mkdir": errno_of(os.mkdir, union / "new"),
+            "unlink": errno_of(os.unlink, union / "d5/f"),
+            "rename": errno_of(os.rename, union / "d6/f", union / "d6/g"),
+        }
+        assert set(refused.values()) == {"EMFILE"}, refused
+        assert errno_of(os.stat, union.path) == "ok"
+        resource.prlimit(union.pid, resource.RLIMIT_NOFILE, before)
+        assert sorted(os.listdir(union.path)) == names
+        assert os.listdir(layers.upper) == []
+        assert litter(layers.work) == []
+        for number in range(20):
+            assert (union / f"d{number}/f").read_bytes() == b"lower"
+        os.chmod(union / "d3/f", 0o600)
+        os.rename(union / "d6/f", union / "d6/g")
+        (union / "d4/new").write_bytes(b"new")

@@ -1,8 +1,8 @@
 """A load that knows what it should see, while the process that serves it is killed again and again.
 
 Everything is done twice, on the mount and on a plain directory; every outcome, every byte and in the end the whole tree
-must be the same. Files stay open after they lost their name; some are mapped. Run by `make torture`, in short by
-test_survival.
+must be the same. Files stay open after they lost their name; some are mapped. Beside it programs that people run are at
+work (`loads`). Run by `make torture`, in short by test_survival.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.harness import Daemon, Layers, children, remove, run
+from tests.system.loads import LOADS
 
 _THREADS: Final = 4
 _OPENS: Final = 6
@@ -207,12 +208,17 @@ def _use(fd: int, data: bytes, offset: int) -> tuple[bytes, int]:
     return os.pread(fd, 1 << 24, 0), os.fstat(fd).st_nlink
 
 
-def torture(daemon: Daemon, plain: Path, kills: int, seed: int) -> tuple[int, list[str]]:
-    """Kill the process that serves `kills` times beneath a load; (operations, what was not as it should be)."""
+def torture(daemon: Daemon, plain: Path, kills: int, seed: int) -> tuple[dict[str, int], list[str]]:
+    """Kill the process that serves `kills` times beneath a load.
+
+    Returns what was done, by user or program, and what was not as it should be.
+    """
     stop = threading.Event()
     workers = [Worker(number, daemon.path, plain, seed, stop) for number in range(_THREADS)]
-    for worker in workers:
-        worker.start()
+    loads = [load(daemon.path, plain, daemon.layers.root, stop) for load in LOADS]
+    users = [*workers, *loads]
+    for user in users:
+        user.start()
     chance = random.Random(seed)
     while kills and not stop.is_set():
         time.sleep(chance.uniform(_SHORTEST, _LONGEST))
@@ -220,15 +226,21 @@ def torture(daemon: Daemon, plain: Path, kills: int, seed: int) -> tuple[int, li
             os.kill(pid, signal.SIGKILL)
             kills -= 1
     stop.set()
-    for worker in workers:
-        worker.join(60)
-    wrong = [f"{worker.name}: {what}" for worker in workers for what in worker.differences]
-    wrong += [f"{worker.name} waits for ever" for worker in workers if worker.is_alive()]
+    for user in users:
+        user.join(150)
+    wrong = [f"{user.name}: {what}" for user in users for what in user.differences]
+    wrong += [f"{user.name} waits for ever" for user in users if user.is_alive()]
+    for user in users:
+        if not user.operations:
+            wrong.append(f"{user.name} has come to nothing")
     if not wrong:
+        for load in loads:
+            load.remove()
         ours, expected = fingerprint(daemon.path), fingerprint(plain)
         different = [path for path in ours.keys() | expected.keys() if ours.get(path) != expected.get(path)]
         wrong += [f"{path}: {ours.get(path)}, expected {expected.get(path)}" for path in sorted(different)]
-    return sum(worker.operations for worker in workers), wrong
+    done = {"operations": sum(worker.operations for worker in workers)}
+    return done | {load.name: load.operations for load in loads}, wrong
 
 
 def prepare(layers: Layers, plain: Path) -> None:
@@ -256,13 +268,12 @@ def main() -> int:
         start = time.monotonic()
         try:
             with Daemon(layers, [mode], patience=24 * 3600, log_policy=survivor()) as daemon:
-                operations, wrong = torture(daemon, plain, given.kills, given.seed)
+                done, wrong = torture(daemon, plain, given.kills, given.seed)
         finally:
             remove(root)
         bad += len(wrong)
-        print(
-            f"{mode}: {given.kills} kills, {operations} operations, {time.monotonic() - start:.0f} s, seed {given.seed}"
-        )
+        figures = ", ".join(f"{count} {what}" for what, count in done.items())
+        print(f"{mode}: {given.kills} kills, {time.monotonic() - start:.0f} s, seed {given.seed}; {figures}")
         print("\n".join(wrong) or "  no error was seen, and the trees are equal", flush=True)
     return min(bad, 1)
 

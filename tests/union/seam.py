@@ -32,6 +32,10 @@ READING = (
     "attributes_at",
     "file_handle",
     "open_by_handle",
+    "fstat",
+    "fstatvfs",
+    "lseek",
+    "preadv",
 )
 READING_OF_OS = ("pread", "preadv", "scandir", "fstat", "lseek")
 

@@ -29,6 +29,7 @@ from unionfsd.control import following, schema, to_json
 from unionfsd.control.mounted import Mounted
 from unionfsd.control.protocol import BUSY, FAILED, REFUSED, UNSUPPORTED, Json, RpcError
 from unionfsd.metrics import Samples
+from unionfsd.remote import AskedError
 
 if TYPE_CHECKING:
     from unionfsd.layers import Layer
@@ -319,6 +320,9 @@ class Methods:
         epoch = await self._supported(self._mounted.notifier.inc_epoch())
         due = monotonic() + _REPORT
         for looked in self._union.memory.refresh(explain.split(path)):
+            if isinstance(looked, AskedError):
+                await self._in_thread(looked.find_out)
+                continue
             counts["nodes"] += len(looked.kept) + len(looked.replaced)
             counts["replaced"] += len(looked.replaced)
             await self._tell(looked, epoch=epoch)

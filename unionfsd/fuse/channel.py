@@ -43,7 +43,7 @@ from unionfsd.fuse.names import Names
 from unionfsd.fuse.passthrough import Passthrough
 from unionfsd.fuse.resent import Resent
 from unionfsd.fuse.workers import Workers
-from unionfsd.steps import FrozenError, Gate
+from unionfsd.steps import FrozenError, Gate, LaterError
 
 if TYPE_CHECKING:
     import trio
@@ -74,23 +74,6 @@ _OUT: Final = wire.OUT_HEADER
 _OUT_SIZE: Final = wire.OUT_HEADER.size
 _GONE: Final = frozenset((errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN))
 _NO_REPLY: Final = frozenset((Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT, Opcode.NOTIFY_REPLY))
-
-
-async def serve(union: Union, fuse_fd: int, config: MountConfig, *, started: Callable[[], None]) -> None:
-    """Answer the kernel on `fuse_fd`, a mounted /dev/fuse descriptor, until the mount is gone.
-
-    `started` is called once, when INIT was answered. `fuse_fd` becomes non-blocking. UserError: the kernel is too old.
-    """
-    await channel(union, fuse_fd, config, started).run()
-
-
-def channel(union: Union, fuse_fd: int, config: MountConfig, started: Callable[[], None]) -> Channel:
-    """The same in two parts: `begin`, which needs no event loop, then `run`."""
-    if config.debug:
-        from unionfsd.fuse.traced import TracedChannel
-
-        return TracedChannel(union, fuse_fd, config, started)
-    return Channel(union, fuse_fd, config, started)
 
 
 class Channel:
@@ -316,8 +299,8 @@ class Channel:
         except wire.WireError as exc:
             log.warning("request refused: %s", exc)
             self._fail(exchange.header, errno.EIO)
-        except FrozenError as frozen:
-            frozen.gate.on_open(partial(self._again, exchange.buf[:received]))
+        except LaterError as later:
+            self._put_aside(later, exchange.buf[:received])
             return
         except UserError:
             self._fail(exchange.header, errno.EPROTO)
@@ -335,6 +318,11 @@ class Channel:
         took = perf_counter_ns() - began
         self._times[opcode][took.bit_length()] += 1
         self._totals[opcode] += took
+
+    def _put_aside(self, later: LaterError, request: bytes) -> None:
+        """Have the request taken up `_again`."""
+        assert isinstance(later, FrozenError)
+        later.gate.on_open(partial(self._again, request))
 
     def _again(self, request: bytes) -> None:
         """Take a request up that was put aside; between two of the loop's awaits nothing is in the inbox."""
@@ -398,6 +386,8 @@ class Channel:
         except OSError as exc:
             self._fail(header, exc.errno or errno.EIO)
             self._over(deferred)
+        except LaterError as later:
+            self._begin_anew(deferred, later)
         except Exception:
             log.exception(_DEFECT)
             self._fault(header)
@@ -409,6 +399,9 @@ class Channel:
             # the next collection of garbage, and the space of a deleted file taken.
             del error
             self._acting.now = None
+
+    def _begin_anew(self, deferred: Deferred, later: LaterError) -> None:
+        raise later  # see `patient`
 
     def _finish(self, deferred: Deferred, result: Any) -> None:
         try:
@@ -430,12 +423,13 @@ class Channel:
             deferred.ended.open()
 
     async def quiesce(self) -> None:
-        """Wait until every operation that is deferred now has ended."""
+        """Wait until every operation that is deferred now has ended, but for those that only read."""
         from unionfsd.fuse.driver import opened  # late, like trio
 
-        for deferred in self._deferred:
+        under_way = [deferred for deferred in self._deferred if deferred.changes]
+        for deferred in under_way:
             deferred.ended = deferred.ended or Gate()
-        for gate in [deferred.ended for deferred in self._deferred]:
+        for gate in [deferred.ended for deferred in under_way]:
             assert gate is not None
             await opened(gate)
 

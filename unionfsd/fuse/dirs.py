@@ -15,6 +15,7 @@ from typing import Final
 from unionfsd.fuse import abi, wire
 from unionfsd.fuse.abi import Opcode
 from unionfsd.fuse.exchange import Exchange, Handler, Payload, nothing
+from unionfsd.steps import LaterError
 
 _BODY: Final = wire.BODY
 _DOTS: Final = (b".", b"..")
@@ -107,6 +108,6 @@ class Dirs:
         """ENTRY_OUT and inode number of one name; one that cannot be looked up is listed all the same, with `ino`."""
         try:
             found = self._union.lookup(parent, name)
-        except OSError:
+        except (OSError, LaterError):  # a layer that waits for somebody else is asked by who wants to know
             return _NO_ENTRY, ino
         return self._exchange.entry(found), found.attr.ino

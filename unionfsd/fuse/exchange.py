@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 from unionfsd.fuse import wire
+from unionfsd.fuse.abi import Opcode
 from unionfsd.fuse.negotiate import MAX_WRITE
 from unionfsd.union import Caller
 
@@ -54,6 +55,11 @@ class Deferred:
     """
 
     __slots__ = ("began", "done", "ended", "header", "held", "op", "place", "step")
+
+    @property
+    def changes(self) -> bool:
+        """Whether it may be at work on a change."""
+        return self.header[1] != Opcode.READ
 
     def __init__(
         self, header: Header, op: Op[T], step: Step, done: Callable[[T], Payload], held: Buffer | None

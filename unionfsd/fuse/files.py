@@ -104,7 +104,7 @@ class Files:
             return self._exchange.entry(found) + wire.OPEN_OUT.pack(0, abi.FOPEN_KEEP_CACHE, 0)
         try:
             opened = self._open_out(found.nodeid, flags)
-        except OSError:
+        except BaseException:
             self._union.forget(found.nodeid, 1)
             raise
         return self._exchange.entry(found) + opened
@@ -115,7 +115,7 @@ class Files:
             return wire.OPEN_OUT.pack(nodeid, abi.FOPEN_KEEP_CACHE, 0)
         try:
             return wire.OPEN_OUT.pack(nodeid, *self.passthrough.opened(nodeid, flags))
-        except OSError:
+        except BaseException:
             self._union.release(nodeid)
             raise
 

@@ -16,6 +16,11 @@ log = logging.getLogger(__name__)
 _KNOWN: Final = frozenset(Opcode)
 
 
+def traced(kind: type[Channel]) -> type[Channel]:
+    """The same kind of channel, logging every message."""
+    return TracedChannel if kind is Channel else type(f"Traced{kind.__name__}", (TracedChannel, kind), {})
+
+
 class TracedChannel(Channel):
     """A channel that logs every message."""
 

@@ -5,6 +5,7 @@ Rules of this file:
 - A thread runs the function of one `Blocking` step, which touches descriptors and immutable values, and nothing else.
 - What asks the kernel for something (`Calling`) may come back only after requests of the kernel's were answered, and
   those may need threads: it has threads of its own, as many as it takes.
+- A step that reads a layer that waits for somebody else (`remote`) runs in a thread of that one's file system.
 - Everything else here is the channel's thread's. What is due comes back through `ready`, which threads append to; the
   channel takes from it between two requests.
 - A channel that spins takes the interpreter from a thread again and again, so it sleeps while a step is `fresh`.
@@ -18,13 +19,14 @@ import contextlib
 import errno
 import logging
 import os
-import queue
-import threading
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from unionfsd import remote
+from unionfsd.pool import Pool
 from unionfsd.steps import Calling
 
 if TYPE_CHECKING:
@@ -55,20 +57,20 @@ class Workers:
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.sleeping = False
         self._latest = 0.0
-        self._steps = _Pool(self._back)
-        self._calls = _Pool(self._back)
-        self._at_work = 0
+        self._steps = Pool(THREADS, "unionfsd step")
+        self._calls = Pool(None, "unionfsd call")
 
     def submit(self, deferred: Deferred, step: Blocking) -> None:
         """Have a thread do `step`; `deferred` is then due with what it returned or raised."""
-        self._at_work += 1
+        system = remote.system_of(step.source)
+        pool = self._calls if isinstance(step, Calling) else self._steps
+        self.submit_to(pool if system is None else system.readers, deferred, step.fn)
+
+    def submit_to(self, pool: Pool, deferred: Deferred, fn: Callable[[], Any]) -> None:
+        """Have a thread of `pool` call `fn`, likewise."""
         self._latest = monotonic()
-        if isinstance(step, Calling):
-            pool, wanted = self._calls, not self._calls.idle.acquire(blocking=False)
-        else:
-            pool, wanted = self._steps, self._at_work > len(self._steps.threads) < THREADS
         try:
-            pool.put((deferred, step.fn), more=wanted)
+            pool.submit(partial(self._do, deferred, fn))
         except RuntimeError as exc:
             self.ready.append(Due(deferred, None, OSError(errno.EAGAIN, f"no thread: {exc}")))
 
@@ -80,18 +82,16 @@ class Workers:
     def call(self, fn: Callable[[], Any]) -> None:
         """Have a thread ask the kernel for something by `fn`, which raises nothing and which nobody waits for."""
         try:
-            self._calls.put((None, fn), more=not self._calls.idle.acquire(blocking=False))
+            self._calls.submit(fn)
         except RuntimeError as exc:
             log.warning("no thread: %s", exc)
 
     def due(self, deferred: Deferred) -> None:
         """`deferred` waits no longer. From the channel's thread, in the midst of another operation perhaps."""
-        self._at_work += 1
         self._back(Due(deferred, None, None))
 
     def take(self) -> Due:
         """The next of `ready`, which is not empty."""
-        self._at_work -= 1
         return self.ready.popleft()
 
     def awake(self) -> None:
@@ -106,52 +106,14 @@ class Workers:
         self._calls.close()
         os.close(self.fd)
 
+    def _do(self, deferred: Deferred, fn: Callable[[], Any]) -> None:
+        self._back(_done(deferred, fn))
+
     def _back(self, due: Due) -> None:
         self.ready.append(due)
         if self.sleeping:
             self.sleeping = False
             os.eventfd_write(self.fd, 1)
-
-
-class _Pool:
-    """Threads that do one kind of work. `idle`: how many wait for some, less those for whom there is some already."""
-
-    def __init__(self, back: Callable[[Due], None]) -> None:
-        self.threads: list[threading.Thread] = []
-        self.idle = threading.Semaphore(0)
-        self._back = back
-        self._calls: queue.SimpleQueue[tuple[Deferred | None, Callable[[], Any]] | None] = queue.SimpleQueue()
-
-    def put(self, call: tuple[Deferred | None, Callable[[], Any]], *, more: bool) -> None:
-        """Have it done, by one thread `more` if that can be; RuntimeError where there is none at all."""
-        if more:
-            try:
-                self._start()
-            except RuntimeError:  # no more threads for us; those there are come round to it
-                if not self.threads:
-                    raise
-        self._calls.put(call)
-
-    def close(self) -> None:
-        for _ in self.threads:
-            self._calls.put(None)
-        for thread in self.threads:
-            thread.join()
-
-    def _start(self) -> None:
-        thread = threading.Thread(target=self._work, name="unionfsd step", daemon=True)
-        thread.start()
-        self.threads.append(thread)
-
-    def _work(self) -> None:
-        while (call := self._calls.get()) is not None:
-            deferred, fn = call
-            if deferred is None:
-                fn()
-            else:
-                self._back(_done(deferred, fn))
-            del call, deferred, fn  # not kept alive until the next call
-            self.idle.release()
 
 
 def _done(deferred: Deferred, fn: Callable[[], Any]) -> Due:
