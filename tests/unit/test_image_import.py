@@ -349,6 +349,15 @@ def test_a_diff_id_that_is_wrong_is_refused(store: Store, tmp_path: Path) -> Non
     assert left(store) == []
 
 
+def test_a_blob_that_goes_on_without_giving_anything_stops_early(store: Store, tmp_path: Path) -> None:
+    """Empty members of gzip, say; it is refused by what it says of its size, before anything is read."""
+    empty = images.COMPRESSORS["+gzip"](b"")
+    path = changed(Made([BASE]), lambda blob: blob + empty * 3000, tmp_path / "oci")
+    with pytest.raises(UserError, match=r"too many for a layer.*max-layer"):
+        bring(store, path, limits=Limits(size=20_000))
+    assert left(store) == []
+
+
 def changed(made: Made, change: Callable[[bytes], bytes], path: Path) -> Path:
     """A layout whose last layer's blob is changed, and known by its digest as it is."""
     made.blobs[-1] = change(made.blobs[-1])

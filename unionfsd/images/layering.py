@@ -92,6 +92,9 @@ class Layering:
 
     def fetch(self, wanted: Wanted) -> Fetched | None:
         """Make the objects of a layer; None when the store has it. UserError for one that is not what it should be."""
+        if wanted.descriptor.size > self._limits.size * 2:  # as it came; headers and padding count
+            hint = "--max-layer raises the limit"
+            raise UserError(f"{wanted.label}: {wanted.descriptor.size} bytes are too many for a layer", hint=hint)
         if self._there(wanted):
             return None
         stage = self._store.make(b"layer-" + store.layer_name(wanted.chain))
