@@ -88,9 +88,12 @@ ASKING: Final = (
 #: Questions that one file system is asked at once, and files of it that are read at once; the others queue.
 _QUESTIONS: Final = 8
 _READERS: Final = 16
-#: What is known ahead at most, of one file system, and the seconds that it may take a server to tell of a directory.
+#: What is known ahead at most, of one file system.
 _MOST_KNOWN: Final = 200_000
-_SOON: Final = 0.05
+#: Seconds after which a server is asked no more about a directory if its answers take `_SLOW` each, and in any case.
+_LONG: Final = 0.25
+_SLOW: Final = 0.001
+_LONGEST: Final = 2.0
 
 
 class Number(int):
@@ -349,12 +352,12 @@ def ask(function: Callable[..., T], number: int, *rest: Any) -> T:
 def foresee(number: int, questions: Iterable[tuple[Callable[..., Any], bytes]]) -> Known:
     """In a thread: what the functions return for names in the directory `number`, as far as that is told soon."""
     known: Known = {}
-    end = monotonic() + _SOON
+    start = monotonic()
     for function, name in questions:
-        if monotonic() > end:
-            break
         with suppress(OSError):  # who asks is told
             known[function, (name,)] = function(number, name)
+        if monotonic() - start > min(max(_LONG, _SLOW * len(known)), _LONGEST):
+            break
     return known
 
 
