@@ -94,7 +94,8 @@ def _store(stack: ExitStack, program: str, rootless: bool) -> Store:
         _install(path)
     else:
         path = None if program == "unionfsd" else Path(f"/usr/bin/{program}")
-    store = stack.enter_context(Store(root, program=path, rootless=rootless))
+    options = ["spare=30"] if program == "unionfsd" else []
+    store = stack.enter_context(Store(root, *options, program=path, rootless=rootless))
     (store.share / "Containerfile").write_text(CONTAINERFILE)
     shutil.copy("/bin/busybox", store.share / "busybox")
     return store
@@ -105,7 +106,7 @@ def _install(path: Path) -> None:
     where = [str(harness.PROJECT), *site.getsitepackages()]
     path.write_text(
         f"#!{Path(sys.executable).resolve()} -IS\nimport sys\nsys.path[:0] = {where!r}\n"
-        "from unionfsd.cli import program\nprogram()\n"
+        "from unionfsd.start import program\nprogram()\n"
     )
     path.chmod(0o755)
 

@@ -1,5 +1,5 @@
 """`python -m unionfsd`."""
 
-from unionfsd.cli import program
+from unionfsd.start import program
 
 program()

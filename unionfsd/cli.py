@@ -80,19 +80,50 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130  # what a shell reports for a command that SIGINT ended
 
 
+def mount_for(sender: int) -> NoReturn:
+    """Mount in the background what the command line says, and tell over the descriptor `sender` how it went.
+
+    What is not for the background is not done, and nothing is told.
+    """
+    from unionfsd import daemon
+    from unionfsd.logs import explain
+
+    try:
+        given = _words(sys.argv[1:])
+        if given.help or given.version or given.check or given.fake or given.foreground or given.namespace:
+            os._exit(errors.OK)
+        config = _config(given)
+        if config.debug:
+            os._exit(errors.OK)
+        daemon.check(config)
+    except Exception as error:
+        code, message = explain(error)
+        os.write(sender, bytes([code]) + message.encode())
+        os._exit(code)
+    daemon.child(config, sender)
+
+
+def _words(arguments: list[str]) -> _Given:
+    return _read(arguments, _HELPER if os.path.basename(sys.argv[0]).startswith("mount.") else _OWN)
+
+
+def _config(given: _Given) -> MountConfig:
+    from unionfsd import options
+
+    source, mountpoint, texts = _from_file(given) if given.config else (*_places(given.places), _options(given))
+    return options.parse(texts).config(os.fsencode(mountpoint), source, root=os.geteuid() == 0)
+
+
 def _run(arguments: list[str]) -> int:
-    given = _read(arguments, _HELPER if os.path.basename(sys.argv[0]).startswith("mount.") else _OWN)
+    given = _words(arguments)
     if given.help:
         print(_help())
         return errors.OK
     if given.version:
         return main(["--version"])
-    from unionfsd import options
-
     if given.check and not given.config:
         given.places = given.places or ["/"]  # where it would be mounted does not matter
-    source, mountpoint, texts = _from_file(given) if given.config else (*_places(given.places), _options(given))
-    config = options.parse(texts).config(os.fsencode(mountpoint), source, root=os.geteuid() == 0)
+    config = _config(given)
     if given.check:
         return _check(config)
     if given.namespace:
@@ -101,7 +132,13 @@ def _run(arguments: list[str]) -> int:
         return errors.OK
     from unionfsd import daemon
 
-    return daemon.run(config, foreground=given.foreground or config.debug)
+    foreground = given.foreground or config.debug
+    code = daemon.run(config, foreground=foreground)
+    if config.spare and code == errors.OK and not foreground:
+        from unionfsd import sparing
+
+        sparing.begin(config.spare, mount_for)
+    return code
 
 
 def _check(config: MountConfig) -> int:

@@ -103,6 +103,11 @@ def _kept(config: MountConfig) -> tuple[Estate | None, MountConfig]:
     return None, config._replace(warnings=(*config.warnings, warning))
 
 
+def check(config: MountConfig) -> None:
+    """Raise UserError when it is plain that nothing can be mounted."""
+    mounting.check_mountpoint(config.mountpoint)
+
+
 # In the background. Over a pipe the child says how it went: an exit code as one byte, then the message to it.
 
 
@@ -110,7 +115,7 @@ def _in_background(config: MountConfig) -> int:
     receiver, sender = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid == 0:
-        _child(config, sender)
+        child(config, sender)
     os.close(sender)
     with open(receiver, "rb") as verdict:
         try:
@@ -134,7 +139,7 @@ def _died(pid: int, config: MountConfig) -> UserError:
     return UserError(f"the daemon {how} before the mount was up", code=errors.INTERNAL)
 
 
-def _child(config: MountConfig, sender: int) -> NoReturn:
+def child(config: MountConfig, sender: int) -> NoReturn:
     """The daemon; it never returns to the caller's stack, whose clean-up belongs to the parent."""
     code = errors.INTERNAL
     try:

@@ -92,7 +92,7 @@ class Store:
         self._program = program
         self.log = root / "log"
         self.share = root / "share"
-        self._options = ",".join([f"log={self.log}", *options])
+        self._options = ",".join([*([] if program else [f"log={self.log}"]), *options])
         self._rootless = rootless
         self._outer: subprocess.Popen[bytes] | None = None
 
@@ -117,7 +117,7 @@ class Store:
         paths = {
             "root": self.root,
             "program": self._program or program,
-            "options": "" if self._program else self._options,
+            "options": self._options,
         }
         (self.root / "containers.conf").write_text(_CONTAINERS_CONF.format(**paths))
         (self.root / "storage.conf").write_text(_STORAGE_CONF.format(**paths))

@@ -147,13 +147,13 @@ def _gid(group: str) -> int:
 def _usual_directory() -> tuple[Fd, bytes] | None:
     for path in places.own():
         try:
-            return _private_directory(path), path
+            return private_directory(path), path
         except OSError as error:
             log.debug("no control socket in %s: %s", os.fsdecode(path), reason(error))
     return None
 
 
-def _private_directory(path: bytes) -> Fd:
+def private_directory(path: bytes) -> Fd:
     """The directory `path`, made if need be, where nobody but us can put anything."""
     with contextlib.suppress(FileExistsError):
         os.mkdir(path, 0o755 if path == places.SYSTEM else 0o700)

@@ -101,6 +101,8 @@ class MountConfig(NamedTuple):
     io: Io = "auto"
     writeback: Literal["auto", "on", "off"] = "auto"
     keeper: Switch = "on"
+    spare: float = 0.0
+    """Seconds that a process waits for further mounts, so that they take less time; 0 for none."""
     debug: bool = False
     log: bytes | None = None
     control: Literal["auto", "off"] | bytes = "auto"

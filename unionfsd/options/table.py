@@ -278,6 +278,14 @@ GROUPS: Final[tuple[tuple[str, tuple[Option, ...]], ...]] = (
             Option("debug", Word("debug", True), "Stay in the foreground and log everything, like `-d`."),
             Option("keeper", Value("keeper", one_of("on", "off")), "Survive crashes (survival.md).", "on|off", "on"),
             Option(
+                "spare",
+                Value("spare", read_seconds),
+                "Leave a process behind that waits so long for further mounts of the same user, which then take "
+                "a third of the time (podman.md).",
+                "SECONDS",
+                "0",
+            ),
+            Option(
                 "control",
                 Value("control", read_control),
                 "Where the socket for `unionfsctl` and other clients is (control.md): a path, `auto` for one in "

@@ -1,0 +1,122 @@
+"""A spare process mounts for others that are as it is (`spare=`), and for nobody else."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness import PROJECT, Layers, mounts, run, wait_for
+from unionfsd import errors, spare
+from unionfsd.control.client import Client
+from unionfsd.ctl import find
+
+_SECONDS = 4
+
+
+def mount(layers: Layers, *prefix: str, seconds: float = _SECONDS, lower: str = "") -> subprocess.CompletedProcess[str]:
+    """Mount by the command line, from within the directory of the layers, by a command of `prefix`."""
+    options = f"lowerdir={lower or layers.lower.name},upperdir=upper,workdir=work,spare={seconds}"
+    return subprocess.run(
+        [*prefix, sys.executable, "-m", "unionfsd", "-o", options, "mnt"],
+        cwd=layers.root,
+        env=os.environ | {"PYTHONPATH": str(PROJECT)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+def maker(layers: Layers) -> int:
+    """The process that started the keeper of the mount."""
+    with Client(find.locate(os.fsencode(layers.mnt)).socket) as client:
+        keeper = client.call("status")["keeper"]
+    return int(Path(f"/proc/{keeper}/stat").read_text().rpartition(") ")[2].split()[1])
+
+
+def there() -> bool:
+    return os.path.exists(spare.address(spare.directory()))
+
+
+@pytest.fixture
+def mounted(layers: Layers) -> Iterator[Layers]:
+    """Mounted once and unmounted; a spare waits."""
+    wait_for(lambda: not there(), "an older spare does not go away")
+    (layers.lower / "file").write_text("lower\n")
+    done = mount(layers)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    alone = maker(layers)
+    run("umount", layers.mnt)
+    wait_for(there, "no spare is there")
+    yield layers
+    while layers.mnt in mounts():
+        run("umount", "--lazy", layers.mnt)
+    assert alone != 0
+
+
+def test_the_spare_mounts(mounted: Layers) -> None:
+    makers = set()
+    for _ in range(2):
+        assert mount(mounted).returncode == 0
+        assert (mounted.mnt / "file").read_text() == "lower\n"
+        (mounted.mnt / "new").write_text("new\n")
+        makers.add(maker(mounted))
+        run("umount", mounted.mnt)
+    (pid,) = makers
+    assert os.readlink(f"/proc/{pid}/cwd") == "/"
+    assert b"-m\0unionfsd\0" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    assert {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in (0, 1, 2)} == {"/dev/null"}
+    assert (mounted.upper / "new").read_text() == "new\n"
+
+
+def test_what_goes_wrong_is_told_the_same(mounted: Layers) -> None:
+    done = mount(mounted, lower="nowhere")
+    assert done.returncode == errors.LAYER
+    assert done.stderr == (
+        f"unionfsd: lowerdir {mounted.root}/nowhere: No such file or directory (name an existing directory)\n"
+    )
+    assert mounted.mnt not in mounts()
+
+
+def test_a_warning_is_seen(mounted: Layers) -> None:
+    done = mount(mounted, lower=f"{mounted.lower.name},frobnicate")
+    assert (done.returncode, done.stderr) == (0, "unionfsd: warning: unknown option ignored: frobnicate\n")
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        ("setpriv", "--bounding-set=-sys_boot"),
+        ("setpriv", "--no-new-privs"),
+        ("prlimit", "--nofile=2000:2000"),
+        ("unshare", "--uts"),
+    ],
+    ids=" ".join,
+)
+def test_who_is_otherwise_goes_on_alone(mounted: Layers, prefix: tuple[str, ...]) -> None:
+    assert mount(mounted).returncode == 0
+    pid = maker(mounted)
+    run("umount", mounted.mnt)
+    assert mount(mounted, *prefix).returncode == 0
+    assert maker(mounted) != pid
+    assert (mounted.mnt / "file").read_text() == "lower\n"
+
+
+def test_it_goes_when_nobody_wants_it(mounted: Layers) -> None:
+    assert there()
+    wait_for(lambda: not there(), "it waits for ever", seconds=_SECONDS + 10)
+
+
+def test_without_the_option_there_is_none(layers: Layers) -> None:
+    wait_for(lambda: not there(), "an older spare does not go away")
+    assert mount(layers, seconds=0).returncode == 0
+    time.sleep(0.5)
+    assert not there()
+    run("umount", layers.mnt)

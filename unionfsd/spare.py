@@ -1,0 +1,76 @@
+"""Asking a spare process to mount, which has imported already what that takes: most of the time of a start.
+
+For who runs the program again and again, as podman does. `sparing` is the other end.
+
+Rules this file obeys:
+
+- It is read before anything else: it imports nothing that takes time, `typing` included.
+- A spare is of use or it is not. Whatever is in the way, this process goes on by itself, as without one.
+- What the spare is told is all that the mount shall have of this process: its words, its environment, the directory
+  it is in and its standard error. For the rest both are the same, which the spare sees to.
+"""
+
+from __future__ import annotations
+
+import _socket  # what `socket` is made of; that takes as long as all the rest of this
+import os
+import sys
+
+OPTION = "spare="
+#: Set where something is passed on that a spare does not have: descriptors, a service manager that looks at us.
+_OURS = ("UNIONFSD_HOLD_FDS", "UNIONFSD_ESTATE", "NOTIFY_SOCKET", "LISTEN_FDS")
+_SILENCE = 30.0
+
+
+def address(directory: bytes) -> bytes:
+    """Where the spare of this version and this mount namespace is, in a directory that is ours alone."""
+    namespace = os.stat("/proc/self/ns/mnt").st_ino
+    program = os.stat(os.path.dirname(__file__)).st_mtime_ns
+    return b"%s/spare.%d.%x" % (directory, namespace, program)
+
+
+def directory() -> bytes:
+    """The directory for it, as that of control sockets is for most."""
+    if os.geteuid() == 0 and os.getuid() == 0 and os.access(b"/run", os.W_OK):
+        return b"/run/unionfsd"
+    personal = os.environb.get(b"XDG_RUNTIME_DIR", b"")
+    return personal + b"/unionfsd" if personal[:1] == b"/" else b"/run/user/%d/unionfsd" % os.geteuid()
+
+
+def ask() -> bytes | None:
+    """Have a spare mount what the command line says: its verdict, as `daemon` has it; None: there is none for us."""
+    if any(name in os.environ for name in _OURS):
+        return None
+    try:
+        here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            return _ask(here)
+        finally:
+            os.close(here)
+    except OSError:
+        return None
+
+
+def _ask(here: int) -> bytes | None:
+    settings = [b"%s=%s" % item for item in os.environb.items()]
+    words = [os.fsencode(word) for word in (*sys.orig_argv, *sys.argv)]
+    message = b"\0".join((b"%d %d" % (len(sys.orig_argv), len(sys.argv)), *words, *settings))
+    client = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC, 0)
+    try:
+        client.connect(address(directory()))  # nobody else can put one there
+        client.settimeout(_SILENCE)
+        sent = client.sendmsg([message], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, _ints(here, 2))])
+        client.sendall(message[sent:])
+        client.shutdown(_socket.SHUT_WR)
+        said = b""
+        while True:
+            more = client.recv(4096)
+            if not more:
+                return said or None
+            said += more
+    finally:
+        client.close()
+
+
+def _ints(*numbers: int) -> bytes:
+    return b"".join(number.to_bytes(4, sys.byteorder) for number in numbers)

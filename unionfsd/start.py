@@ -1,0 +1,21 @@
+"""The program: by a spare process, if one is asked for and there, else by itself."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from unionfsd import spare
+
+
+def program() -> None:
+    """The whole process."""
+    said = spare.ask() if any(spare.OPTION in word for word in sys.argv) else None
+    if said is None:
+        from unionfsd.cli import program as alone
+
+        alone()
+    if len(said) > 1:
+        sys.stderr.write(f"unionfsd: {said[1:].decode(errors='backslashreplace')}\n")
+        sys.stderr.flush()
+    os._exit(said[0])
