@@ -5,6 +5,11 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import os
+import signal
+import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +22,7 @@ import pytest
 
 from tests.images import Made, member, tar
 from unionfsd.errors import UserError
-from unionfsd.images import challenge, documents, reference, registry
+from unionfsd.images import challenge, documents, importing, reference, registry
 from unionfsd.images import digest as digests
 from unionfsd.images.auth import Credentials
 from unionfsd.images.challenge import Challenge
@@ -25,6 +30,7 @@ from unionfsd.images.compress import BrokenOffError
 from unionfsd.images.documents import Descriptor
 from unionfsd.images.registry import Registry
 from unionfsd.images.session import RegistryError
+from unionfsd.images.store import Store
 
 AMD64: Final = {"os": "linux", "architecture": "amd64"}
 MADE: Final = Made([tar([member("f", data=b"x" * 100_000)])], "")
@@ -344,8 +350,6 @@ def test_a_registry_that_says_not_where_to_push_to(serve: Serve) -> None:
 
 def test_what_came_whole_is_not_asked_for_again(serve: Serve, tmp_path: Path) -> None:
     """As it is when somebody is killed between the last byte and the name."""
-    from unionfsd.images import importing
-    from unionfsd.images.store import Store
 
     def image(handler: Handler) -> None:
         answers = {"1": MADE.manifest, digests.of(MADE.config): MADE.config}
@@ -362,11 +366,39 @@ def test_what_came_whole_is_not_asked_for_again(serve: Serve, tmp_path: Path) ->
     assert made.digest == digests.of(MADE.manifest)
 
 
+def test_an_interrupt_does_not_wait_for_a_registry_that_says_nothing(serve: Serve, tmp_path: Path) -> None:
+    stalled, over = threading.Event(), threading.Event()
+
+    def image(handler: Handler) -> None:
+        found = {"1": MADE.manifest, digests.of(MADE.config): MADE.config}.get(handler.path.rpartition("/")[2])
+        if not handler.path.endswith(DIGEST):
+            handler.say(200 if found else 404, found or b"")
+            return
+        handler.say(200, BLOB[:80_000], Content_Length=str(len(BLOB)))
+        stalled.set()
+        over.wait(30)
+
+    server = serve(image)
+    words = [sys.executable, "-m", "unionfsd.ctl", "image", "pull", f"--root={tmp_path}/store", f"{server.host}/app:1"]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert stalled.wait(20)
+            time.sleep(0.3)
+            began = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 130
+            assert time.monotonic() - began < 10
+        finally:
+            process.kill()
+            over.set()
+    store = Store(str(tmp_path / "store"))
+    assert store.images() == []
+    store.sweep()
+    assert all(name.startswith("blob-") for name in os.listdir(tmp_path / "store" / "stage"))
+
+
 def test_a_certificate_of_its_own_authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A registry on this machine that speaks TLS, known by certs.d."""
-    import ssl
-    import subprocess
-
     subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
     words = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
     subprocess.run(

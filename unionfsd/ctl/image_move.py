@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 
 _MAX_JOBS: Final = 64
+#: What a shell reports for a command that SIGINT ended.
+INTERRUPTED: Final = 130
 
 
 def limits_of(given: argparse.Namespace) -> Limits:
@@ -88,6 +90,10 @@ def _bring(given: argparse.Namespace, store: Store, source: sources.Source) -> i
             keep_blobs=not given.discard_blobs,
             allowed=lambda source: admission.admit(store, source, names, rules),
         )
+    except importing.AbandonedError:
+        told.close()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)  # what is left behind is what a killed import leaves: nothing that counts
     finally:
         told.close()
     return out(given, summary(image), lambda value: str(value["digest"]))

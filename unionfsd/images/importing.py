@@ -18,6 +18,8 @@ from unionfsd.images.store import Image, Store
 from unionfsd.images.tarread import Limits
 
 _MAX_JOBS: Final = 4
+#: Seconds for threads to notice that they are not wanted any more.
+_GRACE: Final = 3.0
 
 
 def jobs() -> int:
@@ -76,25 +78,35 @@ def wanted(manifest: Manifest, config: Config) -> list[Wanted]:
     ]
 
 
+class AbandonedError(Exception):
+    """Interrupted, while threads wait for a place that says nothing: the process should end without them."""
+
+
 def _make(layering: Layering, wanted: list[Wanted], at_once: int) -> None:
     pending: list[concurrent.futures.Future[Fetched | None]] = []
     done: list[str] = []
-    with concurrent.futures.ThreadPoolExecutor(at_once, thread_name_prefix="layer") as pool:
-        try:
-            pending = [pool.submit(layering.fetch, layer) for layer in wanted]
-            for layer, future in zip(wanted, pending, strict=True):
-                fetched = future.result()
-                if fetched is not None:
-                    layering.settle(fetched, done)
-                done.append(layer.chain)
-        except BaseException as error:
-            layering.cancel()
-            for future in pending:
-                future.cancel()
-            failed = _first_failure(pending[len(done) :], error)
-            if failed is error:
-                raise
-            raise failed from None
+    stuck = False
+    pool = concurrent.futures.ThreadPoolExecutor(at_once, thread_name_prefix="layer")
+    try:
+        pending = [pool.submit(layering.fetch, layer) for layer in wanted]
+        for layer, future in zip(wanted, pending, strict=True):
+            fetched = future.result()
+            if fetched is not None:
+                layering.settle(fetched, done)
+            done.append(layer.chain)
+    except BaseException as error:
+        layering.cancel()
+        for future in pending:
+            future.cancel()
+        stuck = isinstance(error, KeyboardInterrupt) and bool(concurrent.futures.wait(pending, _GRACE).not_done)
+        if stuck:
+            raise AbandonedError from None
+        failed = _first_failure(pending[len(done) :], error)
+        if failed is error:
+            raise
+        raise failed from None
+    finally:
+        pool.shutdown(wait=not stuck)
 
 
 def _first_failure(pending: list[concurrent.futures.Future[Fetched | None]], error: BaseException) -> BaseException:
