@@ -120,3 +120,20 @@ def test_without_the_option_there_is_none(layers: Layers) -> None:
     time.sleep(0.5)
     assert not there()
     run("umount", layers.mnt)
+
+
+def test_who_hangs_up_has_nothing_mounted(mounted: Layers) -> None:
+    """As Ctrl-C does: the spare cannot tell how it went, and takes down what it mounted."""
+    options = f"lowerdir={mounted.lower},upperdir={mounted.upper},workdir={mounted.work}"
+    words = [sys.executable, "-m", "unionfsd", "-o", options, str(mounted.mnt)]
+    script = (
+        "import sys; from unionfsd import spare; sys.orig_argv = sys.argv = sys.argv[1:];"
+        "_recv = spare._socket.socket;"
+        "spare._socket.socket = type('Hasty', (_recv,), {'recv': lambda self, size: self.close() or b''});"
+        "print(spare.ask())"
+    )
+    done = run("env", f"PYTHONPATH={PROJECT}", sys.executable, "-c", script, *words)
+    assert done == "None\n"
+    time.sleep(1)
+    wait_for(lambda: mounted.mnt not in mounts(), "it stays mounted")
+    assert mount(mounted).returncode == 0
