@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -112,6 +113,16 @@ def test_who_is_otherwise_goes_on_alone(mounted: Layers, prefix: tuple[str, ...]
 def test_it_goes_when_nobody_wants_it(mounted: Layers) -> None:
     assert there()
     wait_for(lambda: not there(), "it waits for ever", seconds=_SECONDS + 10)
+
+
+def test_what_a_spare_left_that_was_killed_is_removed(mounted: Layers) -> None:
+    wait_for(lambda: not there(), "it waits for ever", seconds=_SECONDS + 10)
+    left = Path(os.fsdecode(spare.directory())) / "spare.1.0"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(left))
+    assert mount(mounted).returncode == 0
+    wait_for(there, "no spare is there")
+    assert not left.exists()
 
 
 def test_without_the_option_there_is_none(layers: Layers) -> None:
