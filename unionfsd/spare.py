@@ -62,6 +62,7 @@ def _ask(here: int) -> bytes | None:
         sent = client.sendmsg([message], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, _ints(here, 2))])
         client.sendall(message[sent:])
         client.shutdown(_socket.SHUT_WR)
+        client.settimeout(None)  # from here on it is at work: nobody else must be
         said = b""
         while True:
             more = client.recv(4096)

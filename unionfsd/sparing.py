@@ -27,6 +27,8 @@ from unionfsd.control.listener import private_directory
 
 _MOST: Final = 1 << 20
 _PATIENCE: Final = 5.0
+_DOTS: Final = 2
+"""In the name of a spare that listens; one that is about to has more."""
 _LINKS: Final = ("ns/cgroup", "ns/ipc", "ns/mnt", "ns/net", "ns/pid", "ns/user", "ns/uts", "root")
 _FILES: Final = ("cgroup", "limits", "attr/current", "loginuid", "oom_score_adj")
 _STATUS: Final = (b"Uid", b"Gid", b"Groups", b"Cap", b"NoNewPrivs", b"Seccomp", b"SigIgn", b"Cpus_allowed:")
@@ -58,7 +60,8 @@ def _serve(seconds: float, mount: Callable[[int], NoReturn]) -> None:
     path = spare.address(spare.directory())
     private_directory(os.path.dirname(path)).close()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    if _is_there(path):
+    _sweep(os.path.dirname(path))
+    if os.path.exists(path):
         return
     _load()
     own = b"%s.%d" % (path, os.getpid())
@@ -80,6 +83,14 @@ def _serve(seconds: float, mount: Callable[[int], NoReturn]) -> None:
     with contextlib.suppress(OSError):
         if os.stat(path).st_ino == inode:
             os.unlink(path)
+
+
+def _sweep(directory: bytes) -> None:
+    """Remove what spares have left that were killed."""
+    for name in os.listdir(directory):
+        if name.startswith(b"spare.") and name.count(b".") == _DOTS and not _is_there(directory + b"/" + name):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(directory + b"/" + name)
 
 
 def _is_there(path: bytes) -> bool:

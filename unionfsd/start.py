@@ -10,7 +10,10 @@ from unionfsd import spare
 
 def program() -> None:
     """The whole process."""
-    said = spare.ask() if any(spare.OPTION in word for word in sys.argv) else None
+    try:
+        said = spare.ask() if any(spare.OPTION in word for word in sys.argv) else None
+    except KeyboardInterrupt:
+        os._exit(130)  # whom we asked cannot tell us, and takes down what it mounted
     if said is None:
         from unionfsd.cli import program as alone
 

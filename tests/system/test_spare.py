@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -114,9 +115,36 @@ def test_it_goes_when_nobody_wants_it(mounted: Layers) -> None:
     wait_for(lambda: not there(), "it waits for ever", seconds=_SECONDS + 10)
 
 
+def test_what_a_spare_left_that_was_killed_is_removed(mounted: Layers) -> None:
+    wait_for(lambda: not there(), "it waits for ever", seconds=_SECONDS + 10)
+    left = Path(os.fsdecode(spare.directory())) / "spare.1.0"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(left))
+    assert mount(mounted).returncode == 0
+    wait_for(there, "no spare is there")
+    assert not left.exists()
+
+
 def test_without_the_option_there_is_none(layers: Layers) -> None:
     wait_for(lambda: not there(), "an older spare does not go away")
     assert mount(layers, seconds=0).returncode == 0
     time.sleep(0.5)
     assert not there()
     run("umount", layers.mnt)
+
+
+def test_who_hangs_up_has_nothing_mounted(mounted: Layers) -> None:
+    """As Ctrl-C does: the spare cannot tell how it went, and takes down what it mounted."""
+    options = f"lowerdir={mounted.lower},upperdir={mounted.upper},workdir={mounted.work}"
+    words = [sys.executable, "-m", "unionfsd", "-o", options, str(mounted.mnt)]
+    script = (
+        "import sys; from unionfsd import spare; sys.orig_argv = sys.argv = sys.argv[1:];"
+        "_recv = spare._socket.socket;"
+        "spare._socket.socket = type('Hasty', (_recv,), {'recv': lambda self, size: self.close() or b''});"
+        "print(spare.ask())"
+    )
+    done = run("env", f"PYTHONPATH={PROJECT}", sys.executable, "-c", script, *words)
+    assert done == "None\n"
+    time.sleep(1)
+    wait_for(lambda: mounted.mnt not in mounts(), "it stays mounted")
+    assert mount(mounted).returncode == 0

@@ -92,6 +92,7 @@ def test_help_names_every_option(flag: str, capsys: pytest.CaptureFixture[str]) 
         (["/", "--config"], "option --config requires argument ("),
         (["/", "-o"], "option -o requires argument ("),
         (["/"], "no layer given ("),
+        (["-o", "lowerdr=/a", "/"], "no layer given; unknown option ignored: lowerdr=/a (say which"),
         (["/", "-o", "lowerdir=/,timeout=soon"], "option timeout=soon: not a number of seconds"),
         (["/", "-o", "lowerdir=/,upperdir=/a"], "upperdir needs a workdir ("),
         (["SPEC", "/", "-o", "lowerdir=/", "-o", "uid=me"], "option uid=me: "),

@@ -203,6 +203,9 @@ class Parsed(NamedTuple):
         if "verify" in fields:
             files = fields["verify"]
             fields["verify"] = tuple(file and file._replace(path=os.path.join(cwd, file.path)) for file in files)
+        if not fields["lowerdirs"]:
+            ignored = "".join(f"; {warning}" for warning in self.warnings)  # a slip of the pen, perhaps
+            raise UserError(f"no layer given{ignored}", hint="say which with -o lowerdir=DIR[:DIR...]")
         warnings = (*self.warnings, *_check_layers(fields))
         return MountConfig(
             mountpoint=os.path.join(cwd, mountpoint),
@@ -215,8 +218,6 @@ class Parsed(NamedTuple):
 
 def _check_layers(fields: dict[str, Any]) -> Iterator[str]:
     """Refuse combinations that make no union; yields warnings about those that make one, and drops what is useless."""
-    if not fields["lowerdirs"]:
-        raise UserError("no layer given", hint="say which with -o lowerdir=DIR[:DIR...]")
     if "upperdir" in fields and "workdir" not in fields:
         raise UserError("upperdir needs a workdir", hint="add workdir=DIR, an empty directory beside the upper")
     if fields.get("metacopy") == "on":
