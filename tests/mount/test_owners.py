@@ -15,6 +15,9 @@ import pytest
 from tests.harness import Layers, Mount, MountFactory, in_child
 from tests.trees import Tag, acl, errno_of
 
+pytestmark = pytest.mark.owners
+
+
 MAPPED = ("uidmapping=:0:1000:1:1:110000:65535", "gidmapping=:0:2000:1:1:220000:65535")
 CONTAINERS = "user.containers.override_stat"
 PRIVILEGED = "security.fuseoverlayfs.override_stat"

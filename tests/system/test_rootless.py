@@ -8,8 +8,10 @@ import pytest
 
 from tests.system.rootless import Who, run_pytest
 
-NAMES = "made_over or only_an_empty or new_directory or (test_xattrs and (upper or what_fails))"
-SLICES: dict[Who, str] = {"userns": f"{NAMES} or hard_link", "user": NAMES}
+MODULES = ("attributes", "copyup", "links", "markers", "namespace", "owners", "poor_uppers", "xattrs")
+
+#: All of these modules, but of one only so much.
+SLICE = "not test_namespace or made_over or only_an_empty or new_directory or hard_link"
 
 
 def test_random_programs_in_a_user_namespace(disk: Path) -> None:
@@ -17,9 +19,9 @@ def test_random_programs_in_a_user_namespace(disk: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("who", SLICES)
-def test_names_and_attributes(who: Who, disk: Path) -> None:
-    words = ["tests/mount/test_namespace.py", "tests/mount/test_xattrs.py", "-k", SLICES[who], "--mode=channel-cached"]
-    done = run_pytest(who, disk, words, seconds=100)
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("who", ["userns", "user"])
+def test_of_a_mount(who: Who, disk: Path) -> None:
+    words = [*(f"tests/mount/test_{module}.py" for module in MODULES), "-k", SLICE, "--mode=channel-cached"]
+    done = run_pytest(who, disk, words, seconds=280)
     assert done.returncode == 0, done.stdout + done.stderr
