@@ -21,7 +21,12 @@ PACKAGE = Path(syscalls.__file__).parent
 
 #: Functions of `os` that change a file system, by whatever name.
 #: What a module does to memory of its own, which only looks like a file.
-OF_ITS_OWN = {"ledger.py": ["os.ftruncate"], "keeper.py": ["os.ftruncate"]}
+#: What is in no layer: memory that processes share, and a socket.
+OF_ITS_OWN = {
+    "ledger.py": ["os.ftruncate"],
+    "keeper.py": ["os.ftruncate"],
+    "sparing.py": ["os.chmod", "os.rename", "os.unlink", "os.pwrite", "os.unlink"],
+}
 CHANGING = {
     *("rename", "renames", "replace", "link", "symlink", "mkdir", "makedirs", "mknod", "mkfifo", "unlink", "remove"),
     *(
