@@ -232,7 +232,7 @@ class Attributes:
         if node.open is not None and node.open.fd is not None and node.entry.data is None:
             value = owners.read_xattr(node.open.fd.fd, name, form)  # asked before the first write to every file
         elif form is None:
-            value = syscalls.getxattr_at(*self._resolver.spot(node), name)
+            value = syscalls.getxattr_at(*self._resolver.spot(node), fmt.name_in_layer(name, form))
         else:
             with self._resolver.open_object(node) as fd:
                 value = owners.read_xattr(fd.fd, name, form)
