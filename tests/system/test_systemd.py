@@ -78,7 +78,7 @@ def manage(layers: Layers, units: Path, script: str) -> list[str]:
         config=layers.root / "test.toml",
         python=sys.executable,
         load=LOAD,
-        seconds=40,
+        seconds=100,
     )
     logs = [(layers.root / name) for name in ("manager.log", "stderr.log", "unionfsd.log")]
     told = "".join(path.read_text() for path in logs if path.exists())
