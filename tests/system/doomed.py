@@ -2,26 +2,40 @@
 
 The file $DOOM says where, as ``NUMBER WHEN``: at the NUMBERth such call from now on, WHEN it is ``before`` or ``after``
 it, or at the NUMBERth ``answer``, or when a successor is to ``resume``. The file goes when it happens; the next process
-then works as ever. With ``always`` for a number it stays, and every process dies at its first such call.
+then works as ever. With ``always`` for a number it stays, and every process dies at its first such call. Who reads or
+writes it holds a lock (`alone`): the daemon may be at work while a test says the next.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from unionfsd import syscalls
-from unionfsd.cli import main
-from unionfsd.union import Union
+DOOM = os.environ.get("DOOM", "")
 
-DOOM = os.environ["DOOM"]
+
+@contextmanager
+def alone(doom: str) -> Iterator[None]:
+    """While nobody else reads or writes the file `doom`."""
+    with open(f"{doom}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def due(*moments: str) -> str | None:
     """Which of `moments` it is time to die at, if any; counts."""
+    if not os.path.exists(DOOM):
+        return None
+    with alone(DOOM):
+        return _due(moments)
+
+
+def _due(moments: tuple[str, ...]) -> str | None:
     try:
         with open(DOOM) as file:
             number, when = file.read().split()
@@ -68,8 +82,8 @@ def answering(writev: Callable[[int, Any], int]) -> Callable[[int, Any], int]:
     return wrapped
 
 
-def resuming(resume: Callable[[Union], Any]) -> Callable[[Union], Any]:
-    def wrapped(union: Union) -> Any:
+def resuming(resume: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def wrapped(union: Any) -> Any:
         if due("resume"):
             die()
         return resume(union)
@@ -77,8 +91,13 @@ def resuming(resume: Callable[[Union], Any]) -> Callable[[Union], Any]:
     return wrapped
 
 
-Union.resume = resuming(Union.resume)  # type: ignore[method-assign, assignment]
-for name in syscalls.MUTATING:
-    setattr(syscalls, name, doomed(getattr(syscalls, name)))
-os.writev = answering(os.writev)
-sys.exit(main())
+if __name__ == "__main__":
+    from unionfsd import syscalls
+    from unionfsd.cli import main
+    from unionfsd.union import Union
+
+    Union.resume = resuming(Union.resume)  # type: ignore[method-assign, assignment]
+    for name in syscalls.MUTATING:
+        setattr(syscalls, name, doomed(getattr(syscalls, name)))
+    os.writev = answering(os.writev)
+    sys.exit(main())

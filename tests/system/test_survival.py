@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import PROJECT, Daemon, Layers, LogPolicy, Mode, children, mounts, run, wait_for
+from tests.system.doomed import alone
 from tests.system.torture import fingerprint, outcome, prepare, survivor, torture
 from unionfsd import __version__, syscalls
 
@@ -199,6 +200,16 @@ class Doomed(Daemon):
     def doom(self) -> Path:
         return self.layers.root / "doom"
 
+    def dooms(self, what: str) -> None:
+        """Say where it dies."""
+        with alone(str(self.doom)):
+            self.doom.write_text(what)
+
+    def spare(self) -> None:
+        """It lives; FileNotFoundError if it died already."""
+        with alone(str(self.doom)):
+            self.doom.unlink()
+
     def mount(self) -> None:
         os.environ["DOOM"] = str(self.doom)
         try:
@@ -302,14 +313,14 @@ def test_no_request_is_lost_or_done_twice(layers: Layers, plain: Path, expect_wa
                 for number in range(1, _TURNS):
                     for top in tops:
                         before(top, turn)
-                    daemon.doom.write_text(f"{number} {when}")
+                    daemon.dooms(f"{number} {when}")
                     ours, expected = (outcome(lambda top=top: action(top, turn)) for top in tops)  # type: ignore[misc]  # noqa: B023
                     assert ours == expected, (
                         f"{name} with death {when} {number}: {ours}, {daemon.log.read_text()[-2000:]}"
                     )
                     turn += 1
                     try:
-                        daemon.doom.unlink()
+                        daemon.spare()
                         break
                     except FileNotFoundError:
                         deaths += 1
@@ -338,10 +349,10 @@ def test_a_request_that_kills_is_refused_in_the_end(layers: Layers) -> None:
     policy.expect(r"request 9 \(MKDIR\) ended the process that had it: not tried again")
     with served(layers, kind=Doomed, policy=policy) as daemon:
         assert isinstance(daemon, Doomed)
-        daemon.doom.write_text("always before")
+        daemon.dooms("always before")
         with pytest.raises(OSError, match="Input/output"):
             (daemon / "poison").mkdir()
-        daemon.doom.unlink()
+        daemon.spare()
         (daemon / "poison").mkdir()
         assert os.listdir(daemon.path) == ["poison"]
 
@@ -351,7 +362,7 @@ def test_a_crash_loop_ends_in_errors_and_not_in_silence(layers: Layers) -> None:
     policy.expect("every request fails from now on")
     daemon = Doomed(layers, [], log_policy=policy)
     daemon.mount()
-    daemon.doom.write_text("always resume")
+    daemon.dooms("always resume")
     os.kill(daemon.pid, signal.SIGKILL)
     with pytest.raises(OSError, match="Input/output"):
         (daemon / "any").touch()
