@@ -38,6 +38,7 @@ class Load(threading.Thread):
         self._tops = [top / self.name for top in (mount, plain)]
         self._aside = aside / f"{self.name}.aside"
         self._stop_at = stop
+        self.prepared = threading.Event()
         self.operations = 0
         self.differences: list[str] = []
         self._aside.mkdir()
@@ -52,7 +53,8 @@ class Load(threading.Thread):
     def run(self) -> None:
         try:
             self.prepare()
-            while not self._stop_at.is_set() and not self.differences:
+            self.prepared.set()
+            while not (self.operations and self._stop_at.is_set()) and not self.differences:
                 ours, expected = (self.once(top, self.operations) for top in self._tops)
                 self.operations += 1
                 if ours != expected:
@@ -61,6 +63,7 @@ class Load(threading.Thread):
             self.differences.append(repr(error))
         if self.differences:
             self._stop_at.set()
+        self.prepared.set()
 
     def prepare(self) -> None:
         """Make what is needed `aside`."""

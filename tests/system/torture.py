@@ -22,11 +22,16 @@ from typing import Any, Final
 
 from tests.harness import Daemon, Layers, children, remove, run
 from tests.system.loads import LOADS
+from unionfsd.keeper import BLAMED, STRIKES
 
 _THREADS: Final = 4
 _OPENS: Final = 6
 _SHORTEST: Final = 0.05
 _LONGEST: Final = 0.5
+#: Deaths in a row before something must have been answered: more of them are a crash loop, which is to end in errors.
+_IN_A_ROW: Final = min(BLAMED, STRIKES) - 1
+#: Seconds that an answer may take.
+_SLOWEST: Final = 120.0
 
 Outcome = tuple[str, Any]
 
@@ -219,16 +224,13 @@ def torture(daemon: Daemon, plain: Path, kills: int, seed: int) -> tuple[dict[st
     users = [*workers, *loads]
     for user in users:
         user.start()
-    chance = random.Random(seed)
-    while kills and not stop.is_set():
-        time.sleep(chance.uniform(_SHORTEST, _LONGEST))
-        for pid in children(daemon.keeper):
-            os.kill(pid, signal.SIGKILL)
-            kills -= 1
+    for load in loads:
+        load.prepared.wait()
+    wrong = _kill(daemon, workers, kills, random.Random(seed), stop)
     stop.set()
     for user in users:
-        user.join(150)
-    wrong = [f"{user.name}: {what}" for user in users for what in user.differences]
+        user.join(300)
+    wrong += [f"{user.name}: {what}" for user in users for what in user.differences]
     wrong += [f"{user.name} waits for ever" for user in users if user.is_alive()]
     for user in users:
         if not user.operations:
@@ -239,8 +241,30 @@ def torture(daemon: Daemon, plain: Path, kills: int, seed: int) -> tuple[dict[st
         ours, expected = fingerprint(daemon.path), fingerprint(plain)
         different = [path for path in ours.keys() | expected.keys() if ours.get(path) != expected.get(path)]
         wrong += [f"{path}: {ours.get(path)}, expected {expected.get(path)}" for path in sorted(different)]
-    done = {"operations": sum(worker.operations for worker in workers)}
+    done = {"operations": _operations(workers)}
     return done | {load.name: load.operations for load in loads}, wrong
+
+
+def _kill(daemon: Daemon, workers: list[Worker], kills: int, chance: random.Random, stop: threading.Event) -> list[str]:
+    """Kill until it is done or something else calls for a stop; what went wrong, if anything."""
+    while kills > 0 and not stop.is_set():
+        for _ in range(_IN_A_ROW):
+            time.sleep(chance.uniform(_SHORTEST, _LONGEST))
+            for pid in children(daemon.keeper):
+                os.kill(pid, signal.SIGKILL)
+                kills -= 1
+        # As many as there are users may have been on their way since before the last death.
+        wanted = _operations(workers) + 2 * len(workers)
+        end = time.monotonic() + _SLOWEST
+        while _operations(workers) < wanted and not stop.is_set():
+            if time.monotonic() > end:
+                return [f"nothing was answered for {_SLOWEST:.0f} s"]
+            time.sleep(_SHORTEST)
+    return []
+
+
+def _operations(workers: list[Worker]) -> int:
+    return sum(worker.operations for worker in workers)
 
 
 def prepare(layers: Layers, plain: Path) -> None:
