@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import stat
-from typing import Final, Literal, NamedTuple
 
 from . import format as fmt
 from . import syscalls
 from .errors import LAYER, UserError
+from .logger import get_logger
 from .options import MountConfig
 from .removal import remove_tree
+from .typed import Final, Literal, NamedTuple
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 WhiteoutForm = Literal["chardev", "xattr", "wh"]
 

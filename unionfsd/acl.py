@@ -10,7 +10,8 @@ import errno
 import os
 import struct
 from collections.abc import Callable
-from typing import Final, NamedTuple
+
+from unionfsd.typed import Final, NamedTuple
 
 _HEAD: Final = struct.Struct("<I")
 _ENTRY: Final = struct.Struct("<HHI")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import NamedTuple
 
 from . import format as fmt
 from . import owners, syscalls
@@ -26,6 +25,7 @@ from .lookup import Resolver
 from .options import MountConfig
 from .owners import Owners, StatLike
 from .steps import Op
+from .typed import NamedTuple
 
 
 class Attr(NamedTuple):

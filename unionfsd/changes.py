@@ -15,7 +15,6 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
-from typing import Final, Literal, NamedTuple
 
 from . import format as fmt
 from . import syscalls
@@ -25,6 +24,7 @@ from .layers import LowerDir, optional_xattr, xattr_names
 from .listing import UpperNames, read_upper
 from .lookup import Hit, Resolver
 from .syscalls import Fd
+from .typed import Final, Literal, NamedTuple
 
 Kind = Literal["added", "changed", "deleted"]
 

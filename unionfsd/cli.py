@@ -15,10 +15,10 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from typing import TYPE_CHECKING, Final, NoReturn
 
 from unionfsd import __version__, errors
 from unionfsd.errors import UserError
+from unionfsd.typed import TYPE_CHECKING, Final, NoReturn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -28,13 +28,13 @@ import re
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final, NoReturn
 
 from unionfsd import options
 from unionfsd.errors import UserError, reason
 from unionfsd.options.effects import Option, Security, Value
 from unionfsd.options.table import OPTIONS
 from unionfsd.options.text import read_path
+from unionfsd.typed import Any, Final, NoReturn
 
 _BY_NAME: Final = {
     option.name.removesuffix("+"): option for option in OPTIONS if option.name not in ("x-*", "lowerdir+")

@@ -15,13 +15,13 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
-from typing import Final, Literal, NamedTuple
 
 from . import format as fmt
 from . import syscalls
 from .doctor import Directory, Walk, Whiteout, bears_whiteout, join, whiteout_of
 from .layers import LayerStack, exists, xattr_names
 from .syscalls import stat_or_none
+from .typed import Final, Literal, NamedTuple
 
 Form = Literal["kernel", "user", "fuse-overlayfs"]
 FORMS: Final[tuple[Form, ...]] = ("kernel", "user", "fuse-overlayfs")

@@ -19,12 +19,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import stat
 from collections.abc import Callable
 from functools import partial
-from typing import Final
 
 from . import format as fmt
 from . import owners, protection, remote, syscalls, verity
@@ -36,14 +34,16 @@ from .index import Index
 from .inodes import DirNode, Node, OpenState, path_of
 from .integrity import UnsoundError, see
 from .layers import LowerDir, exists, optional_xattr, read_data_marks, xattr_names
+from .logger import get_logger
 from .lookup import Resolver
 from .metadata import Keeping, Metadata, apply_metadata, read_metadata
 from .metrics import Counters
 from .steps import Blocking, Gate, Op
 from .syscalls import UTIME_NOW, UTIME_OMIT, Fd
+from .typed import Final
 from .workdir import Staged, Workdir
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 #: Files up to this size are copied without a thread where the page cache has them.
 _INLINE: Final = 64 * 1024

@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import logging
 import os
 import resource
 import signal
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn
 
-from unionfsd import errors, estate, keeper, logs, syscalls, systemd
+from unionfsd import errors, estate, keeper, logger, syscalls, systemd
 from unionfsd.control.listener import Control
 from unionfsd.errors import UserError
 from unionfsd.fuse import mounting
 from unionfsd.fuse.mounting import Mount
+from unionfsd.logger import get_logger
 from unionfsd.serving import SIGNALS, Serving
+from unionfsd.typed import TYPE_CHECKING, NoReturn
 from unionfsd.will import Will
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from unionfsd.options import MountConfig
     from unionfsd.union import Union
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 def run(config: MountConfig, *, foreground: bool) -> int:
@@ -52,7 +52,7 @@ def run(config: MountConfig, *, foreground: bool) -> int:
     mounting.check_mountpoint(config.mountpoint)
     if not foreground:
         return _in_background(config)
-    logs.start(debug=config.debug, path=config.log, quiet=False, mountpoint=config.mountpoint)
+    _log(config, quiet=False)
     code = _attend(config, up=lambda: None, alone=lambda: None)
     return code if code >= 0 else 128 - code  # as a shell has it
 
@@ -65,9 +65,9 @@ def _take_over(config: MountConfig, left: Estate, *, foreground: bool) -> int:
     if left.trial:
         estate.stack_of(left, config)
         return errors.OK
-    logs.start(debug=config.debug, path=config.log, quiet=not foreground, mountpoint=config.mountpoint)
+    _log(config, quiet=not foreground)
     if not foreground:
-        logs.to_syslog()
+        _log_to_syslog()
     code = _attend(config, up=lambda: None, alone=lambda: None, left=left)
     return code if code >= 0 else 128 - code
 
@@ -161,16 +161,18 @@ def _daemon(config: MountConfig, sender: int) -> int:
 
     def alone() -> None:
         nonlocal told
-        logs.to_syslog()
+        _log_to_syslog()
         _release_streams()
         os.close(sender)
         told = True
 
     try:
-        logs.start(debug=config.debug, path=config.log, quiet=True, mountpoint=config.mountpoint)
+        _log(config, quiet=True)
         code = _attend(config, up=up, alone=alone)
     except Exception as error:
-        code, message = logs.explain(error)
+        from unionfsd.logs import explain
+
+        code, message = explain(error)
         if told:
             log.critical("%s", message)
         else:
@@ -179,6 +181,28 @@ def _daemon(config: MountConfig, sender: int) -> int:
     if code < 0:
         _end_by(-code)
     return code
+
+
+def _log(config: MountConfig, *, quiet: bool) -> None:
+    """Log as `config` has it: from when there is something to say, if that is to standard error or nowhere."""
+
+    def start() -> None:
+        from unionfsd import logs
+
+        logs.start(debug=config.debug, path=config.log, quiet=quiet, mountpoint=config.mountpoint)
+
+    logger.configure(start)
+    if config.debug or config.log is not None or "JOURNAL_STREAM" in os.environ:
+        logger.settle()  # now it is known whether the file can be written to, and where standard error leads
+
+
+def _log_to_syslog() -> None:
+    def leave() -> None:
+        from unionfsd import logs
+
+        logs.to_syslog()
+
+    logger.configure(leave)
 
 
 def _end_by(number: int) -> None:

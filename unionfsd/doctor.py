@@ -13,7 +13,6 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from typing import Final, NamedTuple
 
 from . import format as fmt
 from . import syscalls
@@ -25,6 +24,7 @@ from .inodes import DirNode
 from .layers import LayerStack, exists, optional_xattr, xattr_names
 from .lookup import Resolver
 from .syscalls import stat_or_none
+from .typed import Final, NamedTuple
 
 #: Findings that are a matter of taste: unionfsd understands them, others may not.
 NOTES: Final = frozenset(

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
 
 from .fdcache import FdCache
 from .format import Digest, Redirect
 from .layers import LowerDir
 from .syscalls import Fd
+from .typed import Any, Final, NamedTuple
 
 
 class Source(NamedTuple):

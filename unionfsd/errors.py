@@ -7,7 +7,8 @@ Inside the core a failure is an OSError with an errno, because the kernel wants 
 from __future__ import annotations
 
 import errno
-from typing import Final
+
+from unionfsd.typed import Final
 
 SCARCE: Final = frozenset((errno.ENOMEM, errno.EMFILE, errno.ENFILE))
 """What a call fails with although nothing is wrong with what it was about: to be passed on, and never drawn from."""

@@ -10,12 +10,12 @@ cannot read it refuses with UserError, before it has touched anything.
 from __future__ import annotations
 
 import os
-from typing import Final, NamedTuple
 
 from .errors import INTERNAL, LAYER, UserError
 from .layers import Layer, LayerStack
 from .options import MountConfig
 from .syscalls import Fd
+from .typed import Final, NamedTuple
 
 _VARIABLE: Final = "UNIONFSD_ESTATE"
 _VERSION: Final = 1

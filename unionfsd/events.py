@@ -15,7 +15,8 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from itertools import islice
 from math import inf
-from typing import Final, NamedTuple
+
+from unionfsd.typed import Final, NamedTuple
 
 RING: Final = 4096
 """Events kept for readers to come."""

@@ -15,7 +15,6 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple
 
 from . import format as fmt
 from . import syscalls
@@ -24,6 +23,7 @@ from .inodes import DirNode, Node
 from .layers import Layer, exists, optional_xattr, read_marks, xattr_names
 from .lookup import Hit, Resolver
 from .syscalls import Fd, stat_or_none
+from .typed import Final, Literal, NamedTuple
 from .workdir import is_whiteout
 
 Role = Literal["gives", "merged", "covered", "hidden"]

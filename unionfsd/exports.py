@@ -14,12 +14,9 @@ Rules this file obeys:
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import struct
-import zlib
 from collections.abc import Callable, Iterator
-from typing import Final, NamedTuple
 
 from . import format as fmt
 from . import syscalls
@@ -28,11 +25,13 @@ from .inodes import ROOT_ID, DirNode, Node, NodeTable, child
 from .inuse import lock
 from .layers import LayerStack, optional_xattr
 from .ledger import Flag, Ledger
+from .logger import get_logger
 from .lookup import Hit, Resolver
 from .options import MountConfig
 from .syscalls import Fd
+from .typed import Final, NamedTuple
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _LOST: Final = "some file handles will be stale after a remount"
 _RECORD: Final = struct.Struct("<QQIH")
@@ -103,7 +102,7 @@ class Log:
         try:
             self._append(_packed(nodeid, seen))
         except OSError as exc:
-            log.log(logging.DEBUG if self._incomplete else logging.WARNING, "exports: %s: %s", exc.strerror, _LOST)
+            (log.debug if self._incomplete else log.warning)("exports: %s: %s", exc.strerror, _LOST)
             self._incomplete = True
 
     def _append(self, data: bytes) -> None:
@@ -214,6 +213,8 @@ class Exports:
     def _digest(self, node: Node) -> int:
         """A generation for a node not known before: of the handle of what gives it its inode number."""
         try:
+            import zlib  # late: few mounts are exported
+
             return zlib.crc32(b"%d:%b" % self._handle(node))
         except OSError:
             return 0

@@ -16,17 +16,17 @@ Rules this file obeys:
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import resource
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from typing import Final, NamedTuple
 from weakref import ref
 
+from .logger import get_logger
 from .syscalls import Fd
+from .typed import Final, NamedTuple
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 #: Descriptors left for everything that is not a cached one.
 _SPARE_FDS: Final = 256

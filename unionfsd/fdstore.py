@@ -14,17 +14,17 @@ Rules this file obeys:
 
 from __future__ import annotations
 
-import logging
 import os
-from typing import Final
 
 from . import estate, syscalls, systemd
 from .errors import INTERNAL, UserError
 from .estate import Estate
 from .inuse import unlock
+from .logger import get_logger
 from .syscalls import Fd
+from .typed import Final
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _ESTATE: Final = "estate"
 _ROOTS: Final = ("lower", "data", "upper", "work")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Final
 
 from . import syscalls
+from .typed import Final
 
 _CHUNK: Final = 1 << 20
 _NO_COPY_RANGE: Final = {errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.ETXTBSY}

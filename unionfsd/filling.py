@@ -14,7 +14,6 @@ import errno
 import os
 import stat
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
 
 from . import format as fmt
 from . import owners, syscalls, verity
@@ -22,6 +21,7 @@ from .entries import Source
 from .filecopy import copy_data, share_data
 from .metadata import Keeping, Metadata, apply_metadata
 from .syscalls import UTIME_NOW, Fd
+from .typed import NamedTuple, TypeAlias
 
 #: Raises UnsoundError for a file whose data is not what it must be; reads all of it.
 Check: TypeAlias = Callable[[Fd], None]

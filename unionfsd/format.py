@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import stat
 import struct
 import sys
 from collections.abc import Collection
-from typing import Final, NamedTuple
+
+from unionfsd.typed import Final, NamedTuple
 
 TRUSTED: Final = b"trusted.overlay."
 USER: Final = b"user.overlay."
@@ -340,7 +340,7 @@ _OVERRIDE_TYPES: Final = {
     stat.S_IFCHR: b"char",
 }
 #: fuse-overlayfs 1.x writes no type, 2.0 reads ``char1:3``, containers/storage has ``char-1-3``.
-_OVERRIDE: Final = rb"(\d+):(\d+):([0-7]+)(?::([a-z]+)(?:-?(\d+)[-:](\d+))?.*)?"  # few layers have any: not compiled
+_OVERRIDE: Final = rb"(\d+):(\d+):([0-7]+)(?::([a-z]+)(?:-?(\d+)[-:](\d+))?.*)?"
 
 
 def decode_override(value: bytes, kind: int) -> Override:
@@ -348,6 +348,8 @@ def decode_override(value: bytes, kind: int) -> Override:
 
     Only an empty-handed regular file can be said to be something else: a device node, a FIFO or a socket.
     """
+    import re  # late: few layers have any
+
     match = re.fullmatch(_OVERRIDE, value, re.DOTALL)
     if match is None or max(int(match[1]), int(match[2])) >= 0xFFFFFFFF:
         raise OSError(errno.EINVAL, "invalid owner in a layer", os.fsdecode(value))

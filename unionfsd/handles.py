@@ -14,7 +14,6 @@ import errno
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import Final, TypeAlias, TypeVar
 
 from . import protection, remote, syscalls, verity
 from .copyup import CopyUp
@@ -26,6 +25,7 @@ from .lookup import Resolver
 from .protection import APPEND, IMMUTABLE
 from .steps import Blocking, Gate, Op
 from .syscalls import Fd
+from .typed import Final, TypeAlias, TypeVar
 from .workdir import Workdir
 
 #: Writes up to this size go to the page cache without a thread.

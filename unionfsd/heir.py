@@ -14,21 +14,21 @@ Rules this file obeys:
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import stat
-from typing import Final, NamedTuple
 
 from . import intent, syscalls
 from .entries import UPPER, Asleep, Entry
 from .inodes import DirNode, Node, NodeTable, child
 from .ledger import ROOT_ID, Flag, Intent, Kind, Record
+from .logger import get_logger
 from .lookup import Resolver
 from .remote import Patience
 from .syscalls import Fd, stat_or_none
+from .typed import Final, NamedTuple
 from .workdir import Workdir
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _PATIENCE: Final = 5.0
 """Seconds that lowers which wait for somebody have, in all: then they count as layers that cannot be read."""

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import Final, NamedTuple
 
 from . import syscalls
+from .typed import Final, NamedTuple
 
 #: Of a line "flags:" in /proc/PID/fdinfo/N.
 _ACCESS: Final = {os.O_RDONLY: "r", os.O_WRONLY: "w", os.O_RDWR: "rw"}

@@ -15,21 +15,21 @@ Rules this file obeys:
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import stat
 from collections.abc import Iterator
 from itertools import islice
-from typing import Final, NamedTuple
 
 from . import format as fmt
 from . import mountinfo, syscalls
 from .errors import LAYER, UserError
 from .layers import Layer, LayerStack, optional_xattr
+from .logger import get_logger
 from .syscalls import Fd, stat_or_none
+from .typed import Final, NamedTuple
 from .workdir import Workdir
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 #: So many names of the upper's root are looked at, and so many origins among them.
 _NAMES: Final = 64

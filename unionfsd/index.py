@@ -16,23 +16,23 @@ super.c):
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import stat
-from typing import TYPE_CHECKING, Final, NamedTuple
 
 from . import format as fmt
 from . import projects, syscalls
 from .errors import LAYER, UserError
 from .layers import Layer, LayerStack, exists, optional_xattr
+from .logger import get_logger
 from .removal import remove_tree
+from .typed import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
     from .options import MountConfig
     from .syscalls import Fd
     from .workdir import Workdir
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _STAGED: Final = b"#"
 
@@ -259,7 +259,7 @@ def open_index(stack: LayerStack, work: Workdir, config: MountConfig, *, load: b
     wanted = config.index == "on"
     why = _impossible(stack, work)
     if why is not None:
-        log.log(logging.WARNING if wanted else logging.DEBUG, "index=off: %s", why)
+        (log.warning if wanted else log.debug)("index=off: %s", why)
         return None
     stranger = _stranger(stack)
     if stranger is not None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
-from typing import Final
 
 from .acl import Heritage
 from .entries import UPPER, Asleep, Entry
@@ -25,6 +24,7 @@ from .ledger import ROOT_ID, Flag, Ledger, Record
 from .listing import Listing, LowerNames
 from .steps import Gate
 from .syscalls import Fd
+from .typed import Final
 
 __all__ = ["ROOT_ID", "DirNode", "Node", "NodeTable", "OpenState", "child"]
 

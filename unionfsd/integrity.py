@@ -13,10 +13,8 @@ and not looked at; nor is what a lower without an index has.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 from functools import partial
-from typing import Final
 
 from . import format as fmt
 from . import syscalls, treeindex
@@ -24,12 +22,14 @@ from .events import Events
 from .fdcache import FdCache
 from .layers import LayerStack, LowerDir, exists
 from .listing import DT_UNKNOWN, entry_type
+from .logger import get_logger
 from .metrics import Counters
 from .steps import Blocking, Op
 from .syscalls import Fd
 from .treeindex import NO_CONTENT, Record
+from .typed import Final
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 #: Objects that were told of are remembered up to this many; others are told of each time.
 _MAX_TOLD: Final = 10_000

@@ -9,16 +9,16 @@ means that the exchange happened and the whiteout did not; anything else means t
 
 from __future__ import annotations
 
-import logging
 import os
 import stat
-from typing import Final
 
 from . import syscalls
 from .layers import exists
+from .logger import get_logger
+from .typed import Final
 from .workdir import INTENT, Workdir
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _MAGIC: Final = b"unionfsd rename 1"
 

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import logging
 import os
-import re
 import time
 from collections.abc import Iterator
-from typing import Final
 
 from .errors import BUSY, UserError
+from .logger import get_logger
 from .syscalls import Fd
+from .typed import Final
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 #: Seconds to wait for the lock of a mount that is ending: umount(8) returns before its daemon has.
 _LOCK_PATIENCE: Final = 2.0
@@ -80,6 +79,10 @@ def _kernel_uppers() -> Iterator[bytes]:
             lines = [line.split(b" - ", 1)[1] for line in table if b" - overlay " in line]
     except OSError:
         return
+    if not lines:
+        return
+    import re  # late: few machines have mounts of overlayfs
+
     for line in lines:
         for option in line.split(b" ")[2].strip().split(b","):
             if option.startswith(b"upperdir="):

@@ -12,7 +12,8 @@ import os
 import socket
 import struct
 from collections.abc import Mapping
-from typing import Final
+
+from unionfsd.typed import Final
 
 SOCKET: Final = "/run/systemd/journal/socket"
 

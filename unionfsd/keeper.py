@@ -18,16 +18,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import select
 import signal
 from collections.abc import Callable
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
 
 from unionfsd import systemd
 from unionfsd.fuse.abi import FUSE_UNIQUE_RESEND
+from unionfsd.logger import get_logger
+from unionfsd.typed import TYPE_CHECKING, Final, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     import socket
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from unionfsd.ledger import Ledger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 CRASHED: Final = 71
 """Exit code of a server that failed over a defect (EX_OSERR of sysexits.h)."""

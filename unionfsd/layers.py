@@ -15,7 +15,6 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Final, NamedTuple, Protocol
 
 from . import format as fmt
 from . import remote, syscalls
@@ -23,6 +22,7 @@ from .fdcache import FdCache, Holder
 from .inuse import unlock
 from .syscalls import Fd
 from .treeindex import TreeIndex
+from .typed import Final, NamedTuple, Protocol
 
 _INO_BITS: Final = 56
 #: 2**64 divided by the golden ratio (Knuth, TAOCP 6.4, multiplicative hashing).

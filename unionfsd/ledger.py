@@ -33,10 +33,10 @@ import os
 from array import array
 from collections.abc import Iterator
 from struct import Struct
-from typing import Final
 
 from .records import Flag, Intent, Kind, Record
 from .syscalls import Fd
+from .typed import Final
 
 __all__ = ["ROOT_ID", "Flag", "Intent", "Kind", "Ledger", "Record"]
 

@@ -17,13 +17,13 @@ from _blake2 import blake2b  # hashlib's own; hashlib itself loads OpenSSL, a tw
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from operator import itemgetter
-from typing import Final, NamedTuple, Protocol
 
 from . import format as fmt
 from . import syscalls
 from .fdcache import FdCache
 from .layers import DirEntry, Layer, LayerStack, LowerDir, is_xattr_whiteout
 from .remote import AskedError, together
+from .typed import Final, NamedTuple, Protocol
 
 DT_UNKNOWN: Final = 0
 DT_CHR: Final = 2

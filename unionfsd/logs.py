@@ -9,10 +9,10 @@ import logging
 import os
 import sys
 import syslog
-from typing import TYPE_CHECKING, Final
 
 from unionfsd import errors
 from unionfsd.errors import UserError, one_line, reason
+from unionfsd.typed import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from unionfsd.journal import Journal

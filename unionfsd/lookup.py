@@ -18,11 +18,9 @@ directories are read at the first question, large ones when questions repeat.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import stat
 from collections.abc import Iterator
-from typing import Final, NamedTuple
 
 from . import format as fmt
 from . import listing, syscalls
@@ -34,10 +32,12 @@ from .inodes import DirNode, Node
 from .integrity import Integrity
 from .layers import DataMarks, LayerStack, LowerDir, exists, optional_xattr, read_data_marks, read_marks
 from .listing import DT_DIR, DT_REG, DT_UNKNOWN, Listing, LowerNames, UpperNames, merge, read_lowers, read_upper
+from .logger import get_logger
 from .options import Verity
+from .typed import Final, NamedTuple
 from .workdir import is_whiteout, kept_name
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 #: Lower directories of at most this size in all (st_size, bytes) are read at the first lookup in them.
 _READ_AT_ONCE: Final = 64 * 1024

@@ -9,17 +9,17 @@ Rules this file obeys:
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import stat
-from typing import NamedTuple
 
 from . import format as fmt
 from . import owners, syscalls
 from .layers import xattr_names
+from .logger import get_logger
 from .owners import Owners, StatLike
+from .typed import NamedTuple
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 class Metadata:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from time import monotonic
-from typing import Final, NamedTuple
+
+from unionfsd.typed import Final, NamedTuple
 
 
 class Statistics(NamedTuple):

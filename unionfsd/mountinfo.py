@@ -7,7 +7,8 @@ nothing else.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+
+from unionfsd.typed import NamedTuple
 
 
 class MountLine(NamedTuple):
@@ -37,11 +38,11 @@ def read(table: bytes | None = None) -> Iterator[MountLine]:
         major, _, minor = device.partition(b":")
         number = int(major), int(minor)
         ids = int(mount_id), int(parent_id)
-        yield MountLine(*ids, number, _plain(root), _plain(path), fstype, source, options, own)
+        yield MountLine(*ids, number, plain(root), plain(path), fstype, source, options, own)
 
 
-def _plain(field: bytes) -> bytes:
-    """Undo the octal escapes of the table: space, tab, line end, backslash and number sign."""
+def plain(field: bytes) -> bytes:
+    """A field of the table without its octal escapes: of space, tab, line end, backslash and number sign."""
     if b"\\" not in field:
         return field
     first, *others = field.split(b"\\")

@@ -14,7 +14,6 @@ import errno
 import os
 import stat
 from functools import partial
-from typing import Final, NamedTuple
 
 from . import acl, owners, syscalls
 from . import format as fmt
@@ -28,6 +27,7 @@ from .lookup import Hit, Resolver
 from .owners import Owners
 from .places import Place, Places, fail
 from .steps import Op
+from .typed import Final, NamedTuple
 from .workdir import Staged, Workdir
 
 _NO_HERITAGE: Final = Heritage(None, None)

@@ -7,7 +7,6 @@ refuses any change to it, and no read moves its access times. Elsewhere it is op
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import stat
 from collections.abc import Iterator
@@ -16,10 +15,11 @@ from . import syscalls, treeindex
 from .errors import LAYER, UserError
 from .inuse import lock, refuse_kernel_mount
 from .layers import Layer, LayerStack
+from .logger import get_logger
 from .options import MountConfig
 from .syscalls import Fd
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 def open_stack(config: MountConfig) -> LayerStack:

@@ -18,13 +18,13 @@ import os
 import stat
 import struct
 from collections.abc import Callable
-from typing import Final, Protocol
 
 from . import acl, mountinfo, syscalls
 from . import format as fmt
 from .errors import LAYER, UserError
 from .layers import Layer, LayerStack, optional_xattr
 from .options import IdTriples, MountConfig
+from .typed import Final, Protocol
 
 #: What an object kept by an override xattr is allowed on disk besides its mode: so much that we can use it.
 _USABLE: Final = 0o755

@@ -6,7 +6,6 @@ Rules this file obeys: what is refused, is refused before anything is written; w
 from __future__ import annotations
 
 import contextlib
-from typing import NamedTuple
 
 from . import identity, intent
 from .errors import LAYER, UserError
@@ -19,6 +18,7 @@ from .opening import open_stack
 from .options import MountConfig
 from .owners import keep_owners
 from .syscalls import Fd
+from .typed import NamedTuple
 from .workdir import Workdir, open_workdir
 
 

@@ -11,12 +11,10 @@ Rules this file obeys:
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import stat
 from collections.abc import Callable
 from functools import partial
-from typing import Final, NamedTuple, TypeVar
 
 from . import format as fmt
 from . import syscalls
@@ -27,14 +25,16 @@ from .guard import Guard
 from .inodes import DirNode, Node, NodeTable, child
 from .layers import read_data_marks
 from .ledger import Kind
+from .logger import get_logger
 from .lookup import Hit, Resolver
 from .steps import Op
 from .syscalls import stat_or_none
+from .typed import Final, NamedTuple, TypeVar
 from .workdir import Staged, Workdir
 
 T = TypeVar("T")
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 #: Redirects are longer than this only rarely: the kernel's own limit (redirect_max).
 _LONG_REDIRECT: Final = 256

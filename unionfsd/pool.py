@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import TypeAlias
+
+from unionfsd.typed import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from queue import SimpleQueue
 
 Call: TypeAlias = Callable[[], object]
 
@@ -17,7 +20,7 @@ class Pool:
     def __init__(self, most: int | None, name: str) -> None:
         self._most = most
         self._name = name
-        self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
+        self._calls: SimpleQueue[Call | None]
         self._threads: list[threading.Thread] = []
         #: One for each thread that waits for a call and was not promised one. Once there are all threads, it says less.
         self._idle: deque[None] = deque()
@@ -39,6 +42,10 @@ class Pool:
             thread.join()
 
     def _start(self) -> None:
+        if not self._threads:
+            from queue import SimpleQueue  # late: a mount begins without
+
+            self._calls = SimpleQueue()
         thread = threading.Thread(target=self._work, name=self._name, daemon=True)
         try:
             thread.start()

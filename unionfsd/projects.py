@@ -11,15 +11,15 @@ Rules this file obeys:
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import stat
 import struct
-from typing import Final
 
 from . import syscalls
+from .logger import get_logger
+from .typed import Final
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 #: struct fsxattr: fsx_xflags, fsx_extsize, fsx_nextents, fsx_projid, fsx_cowextsize, and room.
 _FSXATTR: Final = struct.Struct("=IIIII8x")

@@ -12,11 +12,11 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from typing import Final
 
 from . import format as fmt
 from . import syscalls
 from .layers import optional_xattr
+from .typed import Final
 from .workdir import Workdir
 
 IMMUTABLE: Final = 0x10

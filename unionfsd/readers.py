@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Final
 
 from .inodes import DirNode
 from .listing import Dirent
 from .lookup import Resolver
+from .typed import Final
 
 _MOST: Final = 64
 """Snapshots kept."""

@@ -12,7 +12,6 @@ Rules this file obeys:
 
 from __future__ import annotations
 
-import logging
 import os
 import stat
 
@@ -21,11 +20,12 @@ from . import syscalls
 from .doctor import Directory, Walk
 from .identity import Places, origin_of
 from .layers import LayerStack, exists, optional_xattr
+from .logger import get_logger
 from .lookup import Resolver
 from .syscalls import stat_or_none
 from .workdir import Workdir
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 def rebase(stack: LayerStack, work: Workdir) -> int:

@@ -14,12 +14,12 @@ from __future__ import annotations
 import stat
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
-from typing import NamedTuple, TypeVar
 
 from .fdcache import FdCache
 from .inodes import DirNode, Node, NodeTable, child, path_of
 from .lookup import Hit, Resolver
 from .remote import Answers, AskedError, attend
+from .typed import NamedTuple, TypeVar
 
 T = TypeVar("T")
 

@@ -8,12 +8,12 @@ import os
 import select
 import socket
 from types import TracebackType
-from typing import Final
 
 from unionfsd.control.protocol import GIVEN_UP
 from unionfsd.fuse import notify, wire
 from unionfsd.fuse.abi import Opcode
 from unionfsd.fuse.exchange import Buffer
+from unionfsd.typed import Final
 
 _NO_REPLY: Final = frozenset((Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT, Opcode.NOTIFY_REPLY))
 _ERROR: Final = {"code": GIVEN_UP, "message": "its processes died one after the other: every request fails"}

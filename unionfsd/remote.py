@@ -30,12 +30,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from time import monotonic
-from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 from . import syscalls
 from .pool import Pool
 from .steps import LaterError
 from .syscalls import Fd
+from .typed import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 T = TypeVar("T")
 

@@ -11,10 +11,8 @@ Rules this file obeys:
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import stat
-from typing import Final
 
 from . import format as fmt
 from . import intent, syscalls
@@ -23,11 +21,13 @@ from .entries import UPPER, Entry
 from .inodes import DirNode, NodeTable, child
 from .layers import has_any_xattr
 from .ledger import Kind
+from .logger import get_logger
 from .lookup import Hit, Resolver
 from .metadata import apply_metadata, read_metadata
 from .places import Place, Places, fail, lower_path, path_of
 from .steps import Op
 from .syscalls import stat_or_none
+from .typed import Final
 from .workdir import Workdir
 
 #: At most so much space do xattrs take that are outside of the inode; a file without data takes no more.
@@ -35,7 +35,7 @@ _XATTR_BYTES: Final = 1 << 16
 
 RENAME_FLAGS: Final = syscalls.RENAME_NOREPLACE | syscalls.RENAME_EXCHANGE
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 class Renames:

@@ -7,11 +7,11 @@ hangs is restarted. Where there is no service manager nothing here runs.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Final, NoReturn
 
 import trio
 
 from unionfsd import logs, systemd
+from unionfsd.typed import TYPE_CHECKING, Final, NoReturn
 
 if TYPE_CHECKING:
     from unionfsd.union import Union

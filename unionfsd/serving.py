@@ -11,17 +11,17 @@ mount behind.
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import signal
 from collections.abc import Awaitable, Callable
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Final, NamedTuple
 
 from unionfsd import errors, keeper, steps, systemd
 from unionfsd.errors import UserError
 from unionfsd.fuse.mounting import Unmounted
+from unionfsd.logger import get_logger, settle
+from unionfsd.typed import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
     import trio
@@ -34,10 +34,12 @@ if TYPE_CHECKING:
     from unionfsd.union import Union
     from unionfsd.will import Will
 
-log = logging.getLogger("unionfsd.daemon")  # as who reads the log has always known it
+log = get_logger("unionfsd.daemon")  # as who reads the log has always known it
 
 #: Seconds that a mount nobody asks anything of may do without the event loop: most that are made for a moment are gone.
 _PATIENCE: Final = 5.0
+_SOON: Final = 0.02
+"""Seconds that whoever waited for the mount has for a first request, before anything is done that may wait."""
 _ONE_LIFE: Final = 1
 """What somebody who takes over from a service manager is told of how often others did: it was served before."""
 _STOP_SIGNALS: Final = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
@@ -74,11 +76,14 @@ class Serving:
         self._makes_room: int | None = None
         self._is_answering = False
         self._answering: trio.Event | None = None
+        self._unsaid: str | None = None
+        self._later = 0.0
 
     def run(self, up: Callable[[], None]) -> None:
         """Serve until the mount is gone; `up` is called once it answers, unless a process before this one said so."""
         self._up = up
         transport = self._transport()
+        self._say()
         if transport is None:
             try:
                 steps.run(self._union.shutdown())
@@ -87,6 +92,7 @@ class Serving:
             return
         import trio  # late: the mount is there already, see the head of this file
 
+        settle()
         gc.freeze()
         gc.enable()
         try:
@@ -100,10 +106,11 @@ class Serving:
         if life is None or not life.number:
             self._up()
             self._union.ledger.is_up()
-            log.info("mounted on %s", where)
+            self._unsaid, self._later = where, monotonic() + _SOON
         else:
             log.warning("%s is served again", where)
         if systemd.listening():
+            self._say()
             if life is not None and not life.number:
                 from unionfsd import fdstore  # late: most mounts have no service manager
 
@@ -152,7 +159,15 @@ class Serving:
 
     def _is_wanted(self) -> bool:
         """Whether somebody waits for the event loop."""
+        if monotonic() > self._later:
+            self._say()
         return self._control.asked() or not SIGNALS.isdisjoint(signal.sigpending())
+
+    def _say(self) -> None:
+        """Say that it is mounted, once there is time: whoever waited for that has a request coming."""
+        if self._unsaid is not None:
+            log.info("mounted on %s", self._unsaid)
+            self._unsaid = None
 
     # In the event loop.
 
@@ -163,6 +178,7 @@ class Serving:
 
         async def attend() -> None:
             await self._wait_until_answering()
+            self._say()
             if systemd.listening():
                 from unionfsd import service
 

@@ -20,10 +20,10 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from typing import Final, NoReturn
 
 from unionfsd import errors, spare
 from unionfsd.control.listener import private_directory
+from unionfsd.typed import Final, NoReturn
 
 _MOST: Final = 1 << 20
 _PATIENCE: Final = 5.0

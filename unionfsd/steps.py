@@ -15,7 +15,8 @@ Rules this file and everything that uses it obey:
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import Any, TypeAlias, TypeVar
+
+from unionfsd.typed import Any, TypeAlias, TypeVar
 
 T = TypeVar("T")
 

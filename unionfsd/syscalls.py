@@ -20,7 +20,8 @@ import os
 import struct
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Final, TypeVar
+
+from unionfsd.typed import Any, Final, TypeVar
 
 T = TypeVar("T")
 

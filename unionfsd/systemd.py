@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import select
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+
+from unionfsd.typed import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     import socket

@@ -20,10 +20,10 @@ import struct
 from _blake2 import blake2b  # hashlib's own; hashlib itself loads OpenSSL, a twentieth of the start
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
-from typing import Final, NamedTuple
 
 from . import syscalls
 from .errors import LAYER, UserError, reason
+from .typed import Final, NamedTuple
 
 MAGIC: Final = b"unionfsd tree 1\n"
 RECORD: Final = 64

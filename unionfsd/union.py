@@ -11,12 +11,10 @@ Rules this file obeys:
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import stat
 from collections.abc import Iterator
 from functools import partial
-from typing import Final, TypeVar
 
 from . import syscalls
 from .abilities import Abilities
@@ -35,6 +33,7 @@ from .inodes import ROOT_ID, DirNode, Node, NodeTable, child, path_of, path_to
 from .integrity import integrity
 from .layers import LayerStack
 from .listing import Dirent
+from .logger import get_logger
 from .lookup import Hit, Resolver
 from .metadata import Keeping
 from .metrics import Counters, Holdings, Statistics
@@ -48,12 +47,13 @@ from .readers import Readers
 from .refresh import Memory
 from .renames import Renames
 from .steps import Blocking, Freeze, Op
+from .typed import Final, TypeVar
 
 __all__ = ["ROOT_ID", "Attr", "Caller", "Dirent", "Found", "SetAttr", "StatLike", "Union"]
 
 T = TypeVar("T")
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 class Union:

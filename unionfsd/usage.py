@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 from . import syscalls
 from .changes import GONE, names_in, start
 from .entries import UPPER
 from .inodes import DirNode
 from .lookup import Resolver
+from .typed import NamedTuple
 
 
 class Usage(NamedTuple):

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import logging
 import os
 import struct
-from typing import TYPE_CHECKING, Final
 
 from .format import Digest
+from .logger import get_logger
+from .typed import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     import hashlib
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from .syscalls import Fd
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _BLOCK: Final = 4096
 _FS_IOC_MEASURE_VERITY: Final = 0xC0046686

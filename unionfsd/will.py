@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Final, NoReturn
 
 from unionfsd import errors, estate
 from unionfsd.estate import Estate
+from unionfsd.typed import TYPE_CHECKING, Final, NoReturn
 
 if TYPE_CHECKING:
     from unionfsd.fuse.mounting import Mount

@@ -10,22 +10,22 @@ Rules this file obeys:
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import stat
 from collections.abc import Callable
-from typing import Final, NamedTuple
 
 from . import format as fmt
 from . import incompat, projects, syscalls
 from .abilities import Abilities, probe
 from .errors import LAYER, UserError
 from .layers import LayerStack, exists, is_xattr_whiteout, optional_xattr
+from .logger import get_logger
 from .options import MountConfig
 from .removal import names_in, open_or_make, own_names, remove_tree
 from .syscalls import Fd
+from .typed import Final, NamedTuple
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 #: The record that `intent` keeps in work; the sweep leaves it to be acted upon.
 INTENT: Final = b"#intent"

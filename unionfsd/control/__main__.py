@@ -6,11 +6,11 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
 
 from unionfsd.control.protocol import ERRORS
 from unionfsd.control.schema import METHODS, TYPES, Method
 from unionfsd.control.shapes import Schema
+from unionfsd.typed import Final
 
 MARK: Final = "<!-- What follows is written by `python -m unionfsd.control docs/control.md`. -->"
 

@@ -9,10 +9,10 @@ import json
 import os
 import socket
 from collections.abc import Callable
-from typing import Final
 
 from unionfsd.control import protocol
 from unionfsd.control.protocol import Json
+from unionfsd.typed import Final
 
 #: Answers come at once, or with signs of life in between; a daemon that is silent for so long is stuck.
 SILENCE: Final = 30.0

@@ -7,13 +7,13 @@ no more than few; who reads more slowly than things happen is told how many even
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Final, NoReturn
 
 import trio
 
 from unionfsd.control import to_json
 from unionfsd.control.protocol import Json
 from unionfsd.events import LINGER
+from unionfsd.typed import TYPE_CHECKING, Final, NoReturn
 
 if TYPE_CHECKING:
     from unionfsd.control.methods import Call

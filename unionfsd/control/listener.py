@@ -12,19 +12,19 @@ Rules this file obeys:
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import select
 import stat
-from typing import Final
 
 from unionfsd import syscalls
 from unionfsd.control import places
 from unionfsd.errors import BUSY, UserError, reason
+from unionfsd.logger import get_logger
 from unionfsd.options import MountConfig
 from unionfsd.syscalls import Fd, proc_path
+from unionfsd.typed import Final
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 #: Clients that wait to be accepted; the kernel refuses more.
 _BACKLOG: Final = 16

@@ -20,7 +20,6 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import trio
 
@@ -28,8 +27,10 @@ from unionfsd import __version__, changes, explain, holders, mountinfo, syscalls
 from unionfsd.control import following, schema, to_json
 from unionfsd.control.mounted import Mounted
 from unionfsd.control.protocol import BUSY, FAILED, REFUSED, UNSUPPORTED, Json, RpcError
+from unionfsd.logger import get_logger, settle
 from unionfsd.metrics import Samples
 from unionfsd.remote import AskedError
+from unionfsd.typed import TYPE_CHECKING, Final, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from unionfsd.layers import Layer
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 #: Threads for walks at once, in one mount; others wait.
 _WALKS: Final = 2
@@ -364,6 +365,7 @@ class Methods:
         return {**dropped._asdict(), "nodes": len(nodeids), "kernel": pruned}
 
     async def log(self, call: Call, *, level: str | None) -> Json:
+        settle()
         root = logging.getLogger()
         before = logging.getLevelName(root.level).lower()
         if level is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+
+from unionfsd.typed import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from unionfsd.steps import Op

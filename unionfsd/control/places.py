@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Final
+
+from unionfsd.typed import Final
 
 SYSTEM: Final = b"/run/unionfsd"
 _SUFFIX: Final = b".sock"

@@ -11,7 +11,8 @@ Rules this file obeys:
 from __future__ import annotations
 
 import json
-from typing import Any, Final, NamedTuple, TypeAlias
+
+from unionfsd.typed import Any, Final, NamedTuple, TypeAlias
 
 Json: TypeAlias = Any
 """What `json` makes of a JSON text."""

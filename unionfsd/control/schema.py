@@ -7,7 +7,6 @@ A row says what a method takes and what it gives, as JSON Schema. The code behin
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
 
 from unionfsd import __version__
 from unionfsd.control.protocol import ERRORS, INVALID_PARAMS, Json, RpcError
@@ -31,6 +30,7 @@ from unionfsd.control.shapes import (
     record,
     words,
 )
+from unionfsd.typed import Any, Final
 
 MAX_ITEMS: Final = 100_000
 MAX_FREEZE: Final = 3600.0

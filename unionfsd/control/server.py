@@ -13,7 +13,6 @@ Rules this file obeys:
 
 from __future__ import annotations
 
-import logging
 import os
 import select
 import socket
@@ -21,7 +20,6 @@ import struct
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from time import monotonic, perf_counter
-from typing import Final, NamedTuple
 
 import trio
 
@@ -29,8 +27,10 @@ from unionfsd.control import protocol, schema
 from unionfsd.control.methods import Methods, failure
 from unionfsd.control.mounted import Mounted
 from unionfsd.control.protocol import INTERNAL_ERROR, METHOD_NOT_FOUND, REFUSED, Broken, Id, Json, Request, RpcError
+from unionfsd.logger import get_logger
+from unionfsd.typed import Final, NamedTuple
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 MAX_CLIENTS: Final = 16
 """When there are more, the one that has been idle for longest has to go."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
 
 from unionfsd.control.protocol import Json
+from unionfsd.typed import Any, Final
 
 MAX_NUMBER: Final = 2**53
 

@@ -6,11 +6,11 @@ import base64
 import errno
 import os
 import stat
-from typing import TYPE_CHECKING, Any, Final
 
 from unionfsd import changes, explain, holders, metrics, refresh, syscalls
 from unionfsd.control.protocol import Json
 from unionfsd.options.text import TreeFile
+from unionfsd.typed import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -6,11 +6,11 @@ Names of images and containers are asked of the store that the line names by ``-
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple
 
 from unionfsd.ctl.image import VERBS as IMAGE_VERBS
 from unionfsd.ctl.main import VERBS, Verb
 from unionfsd.errors import OK
+from unionfsd.typed import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
     import argparse

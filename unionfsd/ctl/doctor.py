@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING
 
 from unionfsd.ctl import show
 from unionfsd.errors import LAYER, OK, UserError, reason
+from unionfsd.typed import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import argparse

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import FrameType
-from typing import Final
 
 from unionfsd.errors import UserError, reason
+from unionfsd.typed import Final
 
 _TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 #: Seconds for a client to say what it wants.

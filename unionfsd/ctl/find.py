@@ -13,7 +13,6 @@ import errno
 import os
 import time
 from collections.abc import Iterator
-from typing import Final, Literal, NamedTuple
 
 from unionfsd import mountinfo
 from unionfsd.control import places
@@ -21,6 +20,7 @@ from unionfsd.control.client import CallFailedError, Client, GoneError
 from unionfsd.control.protocol import GIVEN_UP, Json
 from unionfsd.errors import MOUNT, UserError
 from unionfsd.mountinfo import MountLine
+from unionfsd.typed import Final, Literal, NamedTuple
 
 _OURS: Final = b"fuse.unionfsd"
 #: A mount appears in mountinfo a moment before its socket does.

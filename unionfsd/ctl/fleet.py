@@ -6,13 +6,13 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
 
 from unionfsd import mountinfo
 from unionfsd.control.client import CallFailedError, Client, GoneError
 from unionfsd.ctl import find, prometheus, show
 from unionfsd.ctl.verbs import NEGATIVE
 from unionfsd.errors import OK, reason
+from unionfsd.typed import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     import argparse

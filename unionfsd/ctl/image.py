@@ -12,9 +12,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
 
 from unionfsd.ctl.main import Argument, Verb, made_of
+from unionfsd.typed import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     import argparse

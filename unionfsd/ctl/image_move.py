@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import TYPE_CHECKING, Final
 
 from unionfsd.ctl.image_show import out, store_of
 from unionfsd.ctl.settled import settled
 from unionfsd.errors import OK, UserError
 from unionfsd.images import commit, containers, events, exporting, importing, policy, reference, sources, trust
 from unionfsd.images.tarread import Limits
+from unionfsd.typed import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     import argparse

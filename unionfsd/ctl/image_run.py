@@ -6,13 +6,13 @@ import contextlib
 import os
 import signal
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
 
 from unionfsd.ctl import show
 from unionfsd.ctl.image_show import out, short, store_of
 from unionfsd.errors import OK, UserError
 from unionfsd.images import containers, policy, reference, runtime
 from unionfsd.images.store import default_root
+from unionfsd.typed import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import argparse

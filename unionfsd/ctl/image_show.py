@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final
 
 from unionfsd.ctl import show
 from unionfsd.errors import OK, UserError
@@ -15,6 +14,7 @@ from unionfsd.images.below import Below
 from unionfsd.images.containers import Container
 from unionfsd.images.store import NOT_FOUND, Image, Store, default_root
 from unionfsd.syscalls import Fd
+from unionfsd.typed import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     import argparse

@@ -10,11 +10,11 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
 
 from unionfsd.ctl import show
 from unionfsd.ctl.verbs import Asked
 from unionfsd.errors import OK, UserError
+from unionfsd.typed import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     import argparse

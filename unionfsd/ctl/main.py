@@ -16,10 +16,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 
 from unionfsd import __version__
 from unionfsd.errors import INTERNAL, MOUNT, UserError
+from unionfsd.typed import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     import argparse

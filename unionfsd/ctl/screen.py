@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
 
 from rich import box
 from rich.console import Group
@@ -15,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from unionfsd.ctl import show
+from unionfsd.typed import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
 
 from unionfsd.control.client import CallFailedError, GoneError
 from unionfsd.control.protocol import BUSY as FROZEN
@@ -16,6 +15,7 @@ from unionfsd.control.protocol import UNSUPPORTED
 from unionfsd.ctl import find
 from unionfsd.errors import BUSY, UserError
 from unionfsd.images import containers
+from unionfsd.typed import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from unionfsd.control.client import Client

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, TextIO
+
+from unionfsd.typed import TYPE_CHECKING, Final, TextIO
 
 if TYPE_CHECKING:
     from rich import progress

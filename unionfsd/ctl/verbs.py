@@ -11,11 +11,11 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
 
 from unionfsd.control.client import GoneError
 from unionfsd.ctl import find, show
 from unionfsd.errors import MOUNT, OK, UserError
+from unionfsd.typed import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     import argparse

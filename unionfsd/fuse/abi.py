@@ -5,7 +5,8 @@ Bits 32 and up of `InitFlag` travel in ``flags2`` of the INIT messages.
 """
 
 from enum import IntEnum, IntFlag
-from typing import Final
+
+from unionfsd.typed import Final
 
 FUSE_KERNEL_VERSION: Final = 7
 FUSE_KERNEL_MINOR_VERSION: Final = 45

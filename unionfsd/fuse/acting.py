@@ -7,10 +7,10 @@ others, and takes its own along.
 from __future__ import annotations
 
 from functools import partial
-from typing import TypeVar
 
 from unionfsd.events import NOBODY, Who
 from unionfsd.steps import Op, Step
+from unionfsd.typed import TypeVar
 
 T = TypeVar("T")
 

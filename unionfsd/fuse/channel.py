@@ -21,13 +21,11 @@ Rules of this file:
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import select
 from collections.abc import Awaitable, Callable
 from functools import partial
 from time import monotonic, perf_counter_ns
-from typing import TYPE_CHECKING, Any, Final
 
 from unionfsd.errors import UserError
 from unionfsd.events import Who
@@ -43,7 +41,9 @@ from unionfsd.fuse.names import Names
 from unionfsd.fuse.passthrough import Passthrough
 from unionfsd.fuse.resent import Resent
 from unionfsd.fuse.workers import Workers
+from unionfsd.logger import get_logger
 from unionfsd.steps import FrozenError, Gate, LaterError
+from unionfsd.typed import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     import trio
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from unionfsd.steps import Step
     from unionfsd.union import Union
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _SLICE: Final = 0.005
 """Seconds the channel may keep the thread to itself while requests keep coming; then everybody else has a turn."""

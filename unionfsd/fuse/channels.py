@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from unionfsd.fuse.channel import Channel
+from unionfsd.typed import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from unionfsd.options import MountConfig

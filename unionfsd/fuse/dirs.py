@@ -10,12 +10,11 @@ looked up is decided here: a lookup that comes along costs an eighth of one that
 
 from __future__ import annotations
 
-from typing import Final
-
 from unionfsd.fuse import abi, wire
 from unionfsd.fuse.abi import Opcode
 from unionfsd.fuse.exchange import Exchange, Handler, Payload, nothing
 from unionfsd.steps import LaterError
+from unionfsd.typed import Final
 
 _BODY: Final = wire.BODY
 _DOTS: Final = (b".", b"..")

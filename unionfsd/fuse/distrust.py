@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import errno
-import logging
 from functools import partial
-from typing import TYPE_CHECKING, Final
 
 from unionfsd.fuse import notify
+from unionfsd.logger import get_logger
+from unionfsd.typed import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from unionfsd.fuse.workers import Workers
     from unionfsd.union import Union
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _GONE: Final = frozenset((errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN))
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final, TypeVar
 
 import trio
 
 from unionfsd.steps import Blocking, Gate, Op, Step
+from unionfsd.typed import Any, Final, TypeVar
 
 T = TypeVar("T")
 

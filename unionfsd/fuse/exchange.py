@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 from unionfsd.fuse import wire
 from unionfsd.fuse.abi import Opcode
 from unionfsd.fuse.negotiate import MAX_WRITE
+from unionfsd.typed import TYPE_CHECKING, Final, TypeAlias, TypeVar
 from unionfsd.union import Caller
 
 if TYPE_CHECKING:

@@ -12,7 +12,6 @@ import errno
 from collections.abc import Callable, Set
 from functools import partial
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Final, TypeVar
 
 from unionfsd.fuse import abi, wire
 from unionfsd.fuse.abi import Opcode
@@ -20,6 +19,7 @@ from unionfsd.fuse.exchange import Exchange, Handler, Payload, nothing
 from unionfsd.fuse.names import killed
 from unionfsd.steps import Blocking, Calling
 from unionfsd.syscalls import FLAG_CHANGES
+from unionfsd.typed import TYPE_CHECKING, Final, TypeVar
 from unionfsd.union import SetAttr
 
 if TYPE_CHECKING:

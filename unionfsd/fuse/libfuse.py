@@ -16,12 +16,10 @@ from __future__ import annotations
 import errno
 import functools
 import inspect
-import logging
 import os
 import stat
 from collections.abc import Callable, Coroutine
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Any, Final
 
 import pyfuse3
 
@@ -30,7 +28,9 @@ from unionfsd.fuse.abi import Opcode
 from unionfsd.fuse.acting import Acting
 from unionfsd.fuse.driver import finish, opened
 from unionfsd.fuse.names import killed
+from unionfsd.logger import get_logger
 from unionfsd.steps import FrozenError
+from unionfsd.typed import TYPE_CHECKING, Any, Final
 from unionfsd.union import Caller, SetAttr
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from unionfsd.steps import Op
     from unionfsd.union import Attr, Dirent, Found, Union
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 #: Requests in service at once. A request that waits for a large copy-up holds one; when all are held, the mount stalls.
 _MAX_TASKS: Final = 500

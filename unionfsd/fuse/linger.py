@@ -16,7 +16,8 @@ import os
 import select
 from collections.abc import Sized
 from time import perf_counter
-from typing import Final
+
+from unionfsd.typed import Final
 
 WINDOW: Final = 50e-6
 """Seconds: about what going to sleep and being woken costs. Longer never wins back what it wastes."""

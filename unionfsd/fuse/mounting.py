@@ -14,20 +14,19 @@ from __future__ import annotations
 import contextlib
 import enum
 import errno
-import logging
 import os
-import re
 import select
 import stat
 from collections.abc import Iterator
-from typing import Final, NamedTuple
 
-from unionfsd import errors, syscalls
+from unionfsd import errors, mountinfo, syscalls
 from unionfsd.errors import UserError
+from unionfsd.logger import get_logger
 from unionfsd.options import MountConfig, mountflags
 from unionfsd.syscalls import MNT_DETACH, MNT_FORCE, UMOUNT_NOFOLLOW, Fd
+from unionfsd.typed import Final, NamedTuple
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _DEVICE: Final = "/dev/fuse"
 _DEVICE_NUMBER: Final = os.makedev(10, 229)
@@ -202,12 +201,7 @@ def mounts() -> Iterator[Place]:
             fields, _, tail = line.partition(b" - ")
             mount_id, parent_id, device, _, path = fields.split(b" ", 5)[:5]
             fstype = tail.split(b" ", 1)[0]
-            yield Place(int(mount_id), int(parent_id), device.decode(), _plain(path), fstype)
-
-
-def _plain(path: bytes) -> bytes:
-    """Undo the octal escapes of mountinfo."""
-    return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), path) if b"\\" in path else path
+            yield Place(int(mount_id), int(parent_id), device.decode(), mountinfo.plain(path), fstype)
 
 
 def _find(now: list[Place], ours: Place) -> Place | None:
@@ -310,7 +304,7 @@ def fusermount_options(config: MountConfig) -> str:
 
 
 def _escape(text: str) -> str:
-    return re.sub(r"([\\,])", r"\\\1", text)
+    return text.replace("\\", "\\\\").replace(",", "\\,")
 
 
 def _fusermount(arguments: list[bytes], environment: dict[str, str] | None = None, *fds: int) -> str | None:

@@ -9,12 +9,12 @@ import errno
 import stat
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Final
 
 from unionfsd.fuse import abi, wire
 from unionfsd.fuse.abi import Opcode
 from unionfsd.fuse.exchange import Exchange, Handler, Payload, nothing
 from unionfsd.syscalls import UTIME_NOW
+from unionfsd.typed import TYPE_CHECKING, Final
 from unionfsd.union import SetAttr
 
 if TYPE_CHECKING:

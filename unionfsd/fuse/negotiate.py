@@ -14,11 +14,11 @@ A feature is asked for only when offered, so one list serves every kernel from 5
 from __future__ import annotations
 
 from struct import Struct
-from typing import TYPE_CHECKING, Final, NamedTuple
 
 from unionfsd.errors import MOUNT, UserError
 from unionfsd.fuse import wire
 from unionfsd.fuse.abi import FUSE_KERNEL_MINOR_VERSION, FUSE_KERNEL_VERSION, InitFlag
+from unionfsd.typed import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
     from unionfsd.options import MountConfig

@@ -12,9 +12,9 @@ from __future__ import annotations
 import errno
 import os
 from functools import partial
-from typing import Final
 
 from unionfsd.fuse import abi, wire
+from unionfsd.typed import Final
 
 _UNKNOWN: Final = (FileNotFoundError, NotADirectoryError)
 

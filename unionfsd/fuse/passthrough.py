@@ -19,19 +19,19 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import logging
 import os
 from struct import Struct
-from typing import TYPE_CHECKING, Final, NamedTuple
 
 from unionfsd.fuse import abi, wire
 from unionfsd.ledger import Flag, Record
+from unionfsd.logger import get_logger
+from unionfsd.typed import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
     from unionfsd.syscalls import Fd
     from unionfsd.union import Union
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _BACKING_MAP: Final = Struct("=iIQ")
 """struct fuse_backing_map: fd, flags, padding"""
@@ -128,7 +128,7 @@ class Passthrough:
         except OSError as exc:
             self._refused = True
             why = _REASONS.get(exc.errno or 0, exc.strerror)
-            log.log(logging.WARNING if self._asked_for else logging.DEBUG, "io=passthrough is not possible: %s", why)
+            (log.warning if self._asked_for else log.debug)("io=passthrough is not possible: %s", why)
             return _CACHED
         self._granted = True
         return backing

@@ -14,16 +14,16 @@ Rules of this file:
 from __future__ import annotations
 
 import errno
-import logging
 import signal
-from typing import TYPE_CHECKING, Final
 
 from unionfsd import remote
 from unionfsd.fuse import wire
 from unionfsd.fuse.abi import Opcode
 from unionfsd.fuse.channel import Channel
 from unionfsd.fuse.exchange import Deferred
+from unionfsd.logger import get_logger
 from unionfsd.remote import Answers, AskedError
+from unionfsd.typed import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from unionfsd.steps import LaterError
     from unionfsd.union import Union
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _PARTING: Final = 2.0
 """Seconds."""

@@ -9,16 +9,17 @@ gone, what they took is given back to the system.
 from __future__ import annotations
 
 import gc
-import logging
-from typing import TYPE_CHECKING, Final
 
 import trio
+
+from unionfsd.logger import get_logger
+from unionfsd.typed import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from unionfsd.fuse.notify import Notifier
     from unionfsd.union import Union
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 MOST_NODES: Final = 1_000_000
 """About 400 MB; the kernel spends three times that on the same objects."""

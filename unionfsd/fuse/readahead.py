@@ -5,11 +5,11 @@ Sequential reads then arrive in requests of up to `KIB` KiB; docs/performance.md
 
 from __future__ import annotations
 
-import logging
-import re
-from typing import Final
+from unionfsd import mountinfo
+from unionfsd.logger import get_logger
+from unionfsd.typed import Final
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 KIB: Final = 512
 
@@ -32,9 +32,5 @@ def widen(mountpoint: bytes) -> None:
 def _device(mountpoint: bytes) -> str | None:
     """``MAJ:MIN`` of what was mounted last on `mountpoint`: proc(5), mountinfo, fields 3 and 5."""
     with open(_MOUNTINFO, "rb") as table:
-        found = [fields[2] for fields in map(bytes.split, table) if _unescape(fields[4]) == mountpoint]
+        found = [fields[2] for fields in map(bytes.split, table) if mountinfo.plain(fields[4]) == mountpoint]
     return found[-1].decode() if found else None
-
-
-def _unescape(field: bytes) -> bytes:
-    return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field) if b"\\" in field else field

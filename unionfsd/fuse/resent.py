@@ -10,20 +10,20 @@ Rules of this file (linux/fuse.h, FUSE_NOTIFY_RESEND; the rules of handlers are 
 from __future__ import annotations
 
 import errno
-import logging
 import os
-from typing import TYPE_CHECKING, Final
 
 from unionfsd.fuse import wire
 from unionfsd.fuse.abi import FUSE_UNIQUE_RESEND, Opcode
 from unionfsd.fuse.exchange import Exchange, Handler, Payload
 from unionfsd.ledger import Kind
+from unionfsd.logger import get_logger
+from unionfsd.typed import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from unionfsd.fuse.passthrough import Passthrough
     from unionfsd.heir import Answered, Inheritance
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _BODY: Final = wire.BODY
 _ONCE: Final = frozenset((errno.EEXIST, errno.ENODATA))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import errno
-import logging
-from typing import Final
 
 from unionfsd.fuse import wire
 from unionfsd.fuse.abi import Opcode
 from unionfsd.fuse.channel import Channel
 from unionfsd.fuse.exchange import Payload
+from unionfsd.logger import get_logger
+from unionfsd.typed import Final
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 _KNOWN: Final = frozenset(Opcode)
 

@@ -17,9 +17,9 @@ import mmap
 import os
 from collections.abc import Iterator
 from struct import Struct
-from typing import Final, NamedTuple, Protocol, TypeAlias
 
 from unionfsd.fuse.abi import FUSE_EXPIRE_ONLY, InitFlag, Opcode
+from unionfsd.typed import Final, NamedTuple, Protocol, TypeAlias
 
 Buffer: TypeAlias = mmap.mmap | bytes
 """What requests are parsed from: slices of it are ``bytes``, items of it are integers."""

@@ -17,23 +17,23 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 from collections import deque
 from collections.abc import Callable
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from unionfsd import remote
+from unionfsd.logger import get_logger
 from unionfsd.pool import Pool
 from unionfsd.steps import Calling
+from unionfsd.typed import TYPE_CHECKING, Any, Final, NamedTuple
 
 if TYPE_CHECKING:
     from unionfsd.fuse.exchange import Deferred
     from unionfsd.steps import Blocking
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 THREADS: Final = 16
 """Blocking steps at work at once, for one mount; the others queue."""

@@ -7,7 +7,6 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator
-from typing import Final, NamedTuple
 
 from unionfsd import syscalls
 from unionfsd.errors import UserError, reason
@@ -16,6 +15,7 @@ from unionfsd.images.compress import Readable, Source
 from unionfsd.images.tarread import BLOCK, HARD_LINK, Limits, TarReader
 from unionfsd.images.unpack import path_of
 from unionfsd.syscalls import Fd
+from unionfsd.typed import Final, NamedTuple
 
 _LIMITS: Final = Limits(entries=200_000, size=1 << 42)
 _MAX_LINKS: Final = 8

@@ -13,10 +13,10 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator, Mapping
-from typing import Any, Final, NamedTuple
 
 from unionfsd.errors import UserError, reason
 from unionfsd.images.reference import DOCKER_HUB
+from unionfsd.typed import Any, Final, NamedTuple
 
 _DOCKER_KEYS: Final = ("https://index.docker.io/v1/", "index.docker.io", "docker.io", "registry-1.docker.io")
 _PATIENCE: Final = 60

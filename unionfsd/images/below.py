@@ -9,12 +9,12 @@ import errno
 import os
 import stat
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from unionfsd import format as fmt
 from unionfsd import syscalls
 from unionfsd.images.beneath import Path, names
 from unionfsd.syscalls import Fd
+from unionfsd.typed import NamedTuple
 
 
 class Found(NamedTuple):

@@ -7,10 +7,10 @@ import os
 import stat
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Final
 
 from unionfsd import syscalls
 from unionfsd.syscalls import Fd
+from unionfsd.typed import Final
 
 Path = tuple[bytes, ...]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Final, Protocol
 
 from unionfsd import syscalls
 from unionfsd.errors import UserError, reason
@@ -13,6 +12,7 @@ from unionfsd.images import digest as digests
 from unionfsd.images.archives import Archive
 from unionfsd.images.compress import Readable
 from unionfsd.syscalls import Fd
+from unionfsd.typed import Final, Protocol
 
 _MAX_SIGNATURES: Final = 100
 

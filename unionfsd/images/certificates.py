@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import ssl
 from collections.abc import Iterator
-from typing import Final
 
 from unionfsd.errors import UserError, reason
+from unionfsd.typed import Final
 
 _SYSTEM: Final = ("/etc/containers/certs.d", "/etc/docker/certs.d")
 

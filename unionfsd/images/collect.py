@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 from unionfsd import syscalls
 from unionfsd.errors import BUSY, UserError, reason
@@ -15,6 +14,7 @@ from unionfsd.images.compress import Verified
 from unionfsd.images.incoming import At
 from unionfsd.images.store import Image, Store, layer_name, possible_names
 from unionfsd.syscalls import Fd
+from unionfsd.typed import NamedTuple
 
 
 def remove(store: Store, text: str) -> tuple[list[str], bool]:

@@ -6,7 +6,6 @@ import datetime
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final, Literal, NamedTuple
 
 from unionfsd.errors import UserError
 from unionfsd.images import archives, documents, pack
@@ -17,6 +16,7 @@ from unionfsd.images.containers import Container
 from unionfsd.images.documents import Config, Descriptor, Manifest
 from unionfsd.images.store import Image, Store
 from unionfsd.syscalls import Fd
+from unionfsd.typed import Any, Final, Literal, NamedTuple
 
 Compression = Literal["gzip", "zstd", "none"]
 COMPRESSIONS: Final[tuple[Compression, ...]] = ("gzip", "zstd", "none")

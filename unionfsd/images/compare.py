@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
 
 from unionfsd import format as fmt
 from unionfsd import syscalls
 from unionfsd.images.below import Below, Found
 from unionfsd.images.beneath import Path
 from unionfsd.syscalls import Fd
+from unionfsd.typed import Literal, NamedTuple
 
 
 class Change(NamedTuple):

@@ -15,11 +15,11 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import IO, Final, Protocol, cast
 
 from unionfsd.errors import UserError
 from unionfsd.images import digest as digests
 from unionfsd.images.frames import Frames
+from unionfsd.typed import IO, Final, Protocol, cast
 
 CHUNK: Final = 1 << 18
 #: What one step may give: a bomb is met in pieces of this size, and the limit on the whole stops it.

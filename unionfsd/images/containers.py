@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Final, NamedTuple
 
 from unionfsd import mountinfo, syscalls
 from unionfsd.errors import BUSY, MOUNT, UserError, reason
@@ -26,6 +25,7 @@ from unionfsd.images import beneath, documents
 from unionfsd.images import digest as digests
 from unionfsd.images.store import NOT_FOUND, Image, Store
 from unionfsd.syscalls import Fd
+from unionfsd.typed import Final, NamedTuple
 
 #: Names the descriptors that the daemon is to keep open until it ends.
 HOLD: Final = "UNIONFSD_HOLD_FDS"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import Final, Protocol
 
 from unionfsd.errors import UserError
+from unionfsd.typed import Final, Protocol
 
 _LENGTHS: Final = {"sha256": 64, "sha512": 128}
 _FORM: Final = re.compile(r"(sha256|sha512):([0-9a-f]+)")

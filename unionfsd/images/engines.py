@@ -16,13 +16,13 @@ import json
 import os
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, NamedTuple
 
 from unionfsd.errors import UserError, reason
 from unionfsd.images import digest as digests
 from unionfsd.images import documents, reference, tarsplit, who
 from unionfsd.images.compress import Readable
 from unionfsd.images.sources import Made, Source
+from unionfsd.typed import Any, Final, NamedTuple
 
 _MAX: Final = 256 << 20
 _SYSTEM: Final = ("/etc/containers/storage.conf", "/usr/share/containers/storage.conf")

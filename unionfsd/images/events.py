@@ -6,7 +6,8 @@ import json
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Final, TextIO
+
+from unionfsd.typed import TYPE_CHECKING, Any, Final, TextIO
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

@@ -6,7 +6,6 @@ import contextlib
 import os
 import stat
 from collections.abc import Callable, Iterator
-from typing import Any, Final
 
 from unionfsd import syscalls
 from unionfsd.errors import UserError, reason
@@ -19,6 +18,7 @@ from unionfsd.images.reference import Place
 from unionfsd.images.store import Image, Store
 from unionfsd.images.tarread import Member
 from unionfsd.syscalls import Fd
+from unionfsd.typed import Any, Final
 
 _LAYOUT: Final = b'{"imageLayoutVersion":"1.0.0"}'
 _VERSION: Final = b"Directory Transport Version: 1.1\n"

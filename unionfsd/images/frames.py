@@ -6,7 +6,8 @@ Sources: RFC 8878, 3.1.1 (frames and their blocks) and 3.1.2 (skippable frames).
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import Final
+
+from unionfsd.typed import Final
 
 _MAGIC: Final = 0xFD2FB528
 _HEADER: Final = 5

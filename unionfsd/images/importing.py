@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import os
 from collections.abc import Callable
-from typing import Final
 
 from unionfsd import syscalls
 from unionfsd.errors import UserError
@@ -16,6 +15,7 @@ from unionfsd.images.layering import CancelledError, Fetched, Layering, Wanted
 from unionfsd.images.sources import Source
 from unionfsd.images.store import Image, Store
 from unionfsd.images.tarread import Limits
+from unionfsd.typed import Final
 
 _MAX_JOBS: Final = 4
 #: Seconds for threads to notice that they are not wanted any more.

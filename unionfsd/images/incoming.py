@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import TYPE_CHECKING
 
 from unionfsd import syscalls
 from unionfsd.errors import UserError
 from unionfsd.images.compress import Readable, Verified
 from unionfsd.syscalls import Fd
+from unionfsd.typed import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from unionfsd.images.store import Stage, Store

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import Final
+
+from unionfsd.typed import Final
 
 _NUMBER: Final = 8
 _RECORD: Final = _NUMBER + 32

@@ -12,10 +12,10 @@ import hashlib
 import json
 import os
 import re
-from typing import TYPE_CHECKING, Any, Final
 
 from unionfsd.errors import UserError, reason
 from unionfsd.images import documents
+from unionfsd.typed import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes

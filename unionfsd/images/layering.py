@@ -14,7 +14,6 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, NamedTuple
 
 from unionfsd import syscalls
 from unionfsd.errors import UserError, reason
@@ -30,6 +29,7 @@ from unionfsd.images.store import Layer, Stage, Store
 from unionfsd.images.tarread import Limits, TarReader
 from unionfsd.images.unpack import Unpacker
 from unionfsd.syscalls import Fd
+from unionfsd.typed import Any, Final, NamedTuple
 
 _MANIFEST: Final = b"tree.zst"
 INDEX: Final = b"tree.index"

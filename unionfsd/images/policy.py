@@ -23,11 +23,11 @@ import fnmatch
 import os
 import tomllib
 from collections.abc import Sequence
-from typing import Final, NamedTuple
 
 from unionfsd.errors import UserError, reason
 from unionfsd.images import reference, trust
 from unionfsd.images.trust import Signature, UntrustedError
+from unionfsd.typed import Final, NamedTuple
 
 SYSTEM: Final = "/etc/unionfsd/policy.toml"
 ACTIONS: Final = ("accept", "reject", "signed")

@@ -15,10 +15,10 @@ a path                                     what it is, it is taken for
 from __future__ import annotations
 
 import re
-from typing import Final, NamedTuple
 
 from unionfsd.errors import UserError
 from unionfsd.images import digest as digests
+from unionfsd.typed import Final, NamedTuple
 
 TRANSPORTS: Final = (
     "docker",

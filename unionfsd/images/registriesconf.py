@@ -13,11 +13,11 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
-from typing import Any, Final, NamedTuple
 
 from unionfsd.errors import UserError, reason
 from unionfsd.images import reference, who
 from unionfsd.images.reference import Name
+from unionfsd.typed import Any, Final, NamedTuple
 
 _SYSTEM: Final = "/etc/containers"
 _MODES: Final = ("", "enforcing", "permissive", "disabled")

@@ -13,7 +13,6 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Final, TypeVar
 
 import httpx
 
@@ -26,6 +25,7 @@ from unionfsd.images.documents import Descriptor
 from unionfsd.images.reference import Name
 from unionfsd.images.registriesconf import Endpoint
 from unionfsd.images.session import RETRIED, TRIES, RegistryError, Session, joined
+from unionfsd.typed import Final, TypeVar
 
 _ACCEPT: Final = ", ".join((*documents.MANIFESTS, *documents.INDEXES))
 #: Of a list of referrers that are read at most; lists of tags are longer.

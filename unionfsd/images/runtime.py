@@ -7,12 +7,12 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, NamedTuple
 
 from unionfsd.errors import UserError
 from unionfsd.images import beneath, enter
 from unionfsd.images.documents import Config
 from unionfsd.syscalls import Fd
+from unionfsd.typed import Any, Final, NamedTuple
 
 _PATH: Final = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _MAX_TABLE: Final = 16 << 20

@@ -17,7 +17,6 @@ import re
 import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
 from urllib.parse import urlencode, urljoin, urlsplit
 
 import httpx
@@ -29,6 +28,7 @@ from unionfsd.images.auth import Credentials
 from unionfsd.images.compress import CHUNK, BrokenOffError
 from unionfsd.images.reference import DOCKER_HUB, LOCAL
 from unionfsd.images.registriesconf import Endpoint
+from unionfsd.typed import Any, Final
 
 _HUB: Final = "registry-1.docker.io"
 TRIES: Final = 4

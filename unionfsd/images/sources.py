@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import platform as machine
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 from unionfsd.errors import UserError, reason
 from unionfsd.images import archives, beneath, compress, documents, pack, reference
@@ -21,6 +20,7 @@ from unionfsd.images.documents import Config, Descriptor, Manifest
 from unionfsd.images.reference import Place
 from unionfsd.images.tarread import BLOCK, TarError
 from unionfsd.syscalls import Fd
+from unionfsd.typed import Any, Final, NamedTuple, Protocol, TypeVar
 
 _CONTAINERD_NAME: Final = "io.containerd.image.name"
 _EPOCH: Final = "1970-01-01T00:00:00Z"

@@ -25,7 +25,6 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, Final, NamedTuple
 
 from unionfsd import syscalls
 from unionfsd.errors import BUSY, UserError, reason
@@ -34,6 +33,7 @@ from unionfsd.images import digest as digests
 from unionfsd.images.documents import Config, Descriptor, Manifest
 from unionfsd.images.incoming import Incoming
 from unionfsd.syscalls import Fd
+from unionfsd.typed import Any, Final, NamedTuple
 
 #: No such image, layer or container.
 NOT_FOUND: Final = 1

@@ -17,11 +17,11 @@ import base64
 import binascii
 import stat
 from collections.abc import Iterator, Mapping
-from typing import Final, NamedTuple
 from urllib.parse import unquote_to_bytes
 
 from unionfsd.errors import UserError
 from unionfsd.images.compress import Source
+from unionfsd.typed import Final, NamedTuple
 
 BLOCK: Final = 512
 _ZERO: Final = bytes(BLOCK)

@@ -12,7 +12,6 @@ import binascii
 import json
 import os
 from collections.abc import Iterator
-from typing import Any, Final
 
 from unionfsd import syscalls
 from unionfsd.errors import UserError, reason
@@ -20,6 +19,7 @@ from unionfsd.images import archives, compress
 from unionfsd.images.beneath import Tree
 from unionfsd.images.compress import Readable
 from unionfsd.syscalls import Fd
+from unionfsd.typed import Any, Final
 
 _FILE: Final = 1
 _SEGMENT: Final = 2

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import stat
-from typing import Final
 
 from unionfsd.images.tarread import BLOCK, HARD_LINK, Member
+from unionfsd.typed import Final
 
 END: Final = bytes(2 * BLOCK)
 _TYPES: Final = {

@@ -15,7 +15,6 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from typing import Any, Final, NamedTuple
 
 from unionfsd import format as fmt
 from unionfsd import syscalls, treeindex
@@ -24,6 +23,7 @@ from unionfsd.images import beneath
 from unionfsd.images.inodedigests import InodeDigests
 from unionfsd.listing import DT_UNKNOWN, dt_type
 from unionfsd.syscalls import Fd
+from unionfsd.typed import Any, Final, NamedTuple
 
 _TYPES: Final = {
     stat.S_IFREG: "file",

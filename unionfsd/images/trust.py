@@ -10,13 +10,13 @@ import base64
 import binascii
 import contextlib
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from unionfsd import syscalls
 from unionfsd.errors import UserError, reason
 from unionfsd.images import beneath, documents, reference
 from unionfsd.images import digest as digests
 from unionfsd.images.documents import Descriptor, Manifest
+from unionfsd.typed import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from unionfsd.images.store import Store

@@ -17,7 +17,6 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Iterable
-from typing import Final, NamedTuple
 
 from unionfsd import format as fmt
 from unionfsd import syscalls
@@ -28,6 +27,7 @@ from unionfsd.images.beneath import Path, Tree
 from unionfsd.images.inodedigests import InodeDigests
 from unionfsd.images.tarread import HARD_LINK, Extent, Limits, Member, TarError, TarReader
 from unionfsd.syscalls import Fd
+from unionfsd.typed import Final, NamedTuple
 
 _NAME_MAX: Final = 255
 _ZEROS: Final = bytes(1 << 16)

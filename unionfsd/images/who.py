@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Final
+
+from unionfsd.typed import Final
 
 #: Set by ``podman unshare`` and ``buildah unshare`` for what they run (containers/storage, pkg/unshare).
 _UNSHARED: Final = "_CONTAINERS_USERNS_CONFIGURED"

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from typing import Any, Final, Literal, NamedTuple, TypedDict
 
 from unionfsd.errors import UserError, one_line
 from unionfsd.options.effects import Draft, Nothing, Option, Refused, Security
 from unionfsd.options.table import FOREVER, OPTIONS
 from unionfsd.options.text import TreeFile, split_options, unquote
+from unionfsd.typed import Any, Final, Literal, NamedTuple, TypedDict
 
 Whiteout = Literal["auto", "chardev", "xattr", "wh"]
 RedirectDir = Literal["on", "follow", "nofollow", "off"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
 
 from unionfsd.options.table import GROUPS
+from unionfsd.typed import Final
 
 MARK: Final = "<!-- What follows is written by `python -m unionfsd.options docs/options.md`. -->"
 

@@ -6,10 +6,10 @@ What is in a draft's `fields` are fields of `options.MountConfig`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 from unionfsd.errors import UserError
 from unionfsd.options.text import read_lowers, read_path
+from unionfsd.typed import Any, NamedTuple
 
 
 class Draft:

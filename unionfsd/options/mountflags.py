@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from unionfsd.typed import Final
 
 MS_RDONLY: Final = 1
 MS_NOSUID: Final = 2

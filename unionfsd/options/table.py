@@ -5,8 +5,6 @@ A row says what an option does by an effect (`options.effects`).
 
 from __future__ import annotations
 
-from typing import Final
-
 from unionfsd.options.effects import (
     AddLower,
     Anyway,
@@ -43,6 +41,7 @@ from unionfsd.options.text import (
     read_trees,
     read_writeback,
 )
+from unionfsd.typed import Final
 
 FOREVER: Final = 1e9
 """Seconds (31 years) that a kernel may cache what only this mount changes; what fuse-overlayfs gives, too."""

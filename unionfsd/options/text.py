@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Callable
-from typing import Final, NamedTuple
+
+from unionfsd.typed import Final, NamedTuple
 
 #: The highest 32-bit number is no id: it means "none", or "keep it".
 _MAX_ID: Final = 2**32 - 1
@@ -31,6 +31,8 @@ def split(text: str, separator: str) -> list[str]:
     """Split at `separator` (a comma or a colon) where it is neither escaped nor in a quoted value."""
     if "\\" not in text and '"' not in text:
         return text.split(separator)
+    import re  # late: few options have escapes
+
     pieces = [""]
     for token in re.findall(_TOKEN, text, re.DOTALL):
         if token == separator:
@@ -42,7 +44,11 @@ def split(text: str, separator: str) -> list[str]:
 
 def unescape(text: str) -> str:
     """Every backslash taken out, but for those that were escaped and one that stands alone at the end."""
-    return re.sub(r"\\(.)", r"\1", text, flags=re.DOTALL) if "\\" in text else text
+    if "\\" not in text:
+        return text
+    import re
+
+    return re.sub(r"\\(.)", r"\1", text, flags=re.DOTALL)
 
 
 def unquote(text: str) -> str:
@@ -88,6 +94,8 @@ def read_trees(text: str) -> tuple[TreeFile | None, ...]:
 
 
 def _read_tree(text: str) -> TreeFile:
+    import re
+
     found = re.match(r"([0-9a-f]{64})@", text)
     if found is None:
         return TreeFile(read_path(text), None)
