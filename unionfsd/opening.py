@@ -129,7 +129,7 @@ def _check_writable_pair(
 
 def _inside(path: bytes, directory: bytes) -> bool:
     """Whether `path` is strictly beneath `directory`, both resolved."""
-    inner, outer = _real_path(path), _real_path(directory)
+    inner, outer = os.path.realpath(path), _real_path(directory)
     return inner != outer and inner.startswith(outer.rstrip(b"/") + b"/")
 
 
