@@ -1,6 +1,6 @@
 """podman over unionfsd and over fuse-overlayfs, timed in turns: an image of 20 layers, containers alone and at once.
 
-    python -m scripts.bench_podman [--rounds N] [--rootless]
+    python -m scripts.bench_podman [--rounds N] [--rootless] [--options OPTION,...]
 
 Needs root, podman, buildah, crun, busybox and fuse-overlayfs; no network. Every program has a store of its own in
 namespaces of their own, see tests/system/containers.py.
@@ -64,11 +64,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rootless", action="store_true")
+    parser.add_argument("--options", default="spare=30", help="mount options of unionfsd, '' for none")
     given = parser.parse_args()
     programs = ("fuse-overlayfs", "unionfsd")
     took: dict[tuple[str, str], list[float]] = {}
     with ExitStack() as stack:
-        stores = {name: _store(stack, name, given.rootless) for name in programs}
+        options = list(filter(None, given.options.split(",")))
+        stores = {name: _store(stack, name, options, given.rootless) for name in programs}
         for number in range(given.rounds):
             for task in TASKS:
                 # In turns, and each of them first every other time.
@@ -84,7 +86,7 @@ def main() -> None:
         print(f"| {what} | {' | '.join(f'{seconds:.2f}' for seconds in medians)} |")
 
 
-def _store(stack: ExitStack, program: str, rootless: bool) -> Store:
+def _store(stack: ExitStack, program: str, options: list[str], rootless: bool) -> Store:
     root = Path(tempfile.mkdtemp(prefix="unionfsd-bench-", dir=harness.DISK))
     root.chmod(0o755)
     stack.callback(harness.remove, root)
@@ -94,8 +96,8 @@ def _store(stack: ExitStack, program: str, rootless: bool) -> Store:
         _install(path)
     else:
         path = None if program == "unionfsd" else Path(f"/usr/bin/{program}")
-    options = ["spare=30"] if program == "unionfsd" else []
-    store = stack.enter_context(Store(root, *options, program=path, rootless=rootless))
+    wanted = options if program == "unionfsd" else []
+    store = stack.enter_context(Store(root, *wanted, program=path, rootless=rootless))
     (store.share / "Containerfile").write_text(CONTAINERFILE)
     shutil.copy("/bin/busybox", store.share / "busybox")
     return store

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -38,13 +39,27 @@ class Abilities(NamedTuple):
 
 
 def probe(fd: int, config: MountConfig) -> Abilities:
-    """Try everything in the work directory `fd`; what is missing, and nobody asked to do without, is warned of."""
-    a, b = b"#probe-a", b"#probe-b"
-    namespace = _probe_namespace(fd, a, config)
-    form = _probe_whiteout(fd, b"#probe-w", config, namespace)
-    exchange = _probe_rename(fd, a, b, syscalls.RENAME_EXCHANGE, both=True)
-    noreplace = _probe_rename(fd, a, b, syscalls.RENAME_NOREPLACE)
-    whiteout = form == "chardev" and _probe_rename(fd, a, b, syscalls.RENAME_WHITEOUT)
+    """Try everything in the work directory `fd`; what is missing, and nobody asked to do without, is warned of.
+
+    With as few files as can be: ext4 gives the numbers of removed ones to nobody for some seconds, and looks through
+    them whenever it makes another.
+    """
+    a, b = b"#probe-a", b"#probe-w"
+    try:
+        namespace = _probe_namespace(fd, a, config)
+        form = _probe_whiteout(fd, b, config, namespace)
+        if form != "chardev":
+            b = b"#probe-b"  # a name of which nothing was made yet
+            syscalls.create_at(fd, b, 0o600).close()
+        exchange = _renames(fd, a, b, syscalls.RENAME_EXCHANGE)
+        remove_tree(fd, b)
+        noreplace = _renames(fd, a, b, syscalls.RENAME_NOREPLACE)
+        here, there = (b, a) if noreplace else (a, b)
+        whiteout = form == "chardev" and _renames(fd, here, there, syscalls.RENAME_WHITEOUT)
+    finally:
+        for name in (a, b):
+            with contextlib.suppress(FileNotFoundError):
+                remove_tree(fd, name)
     found = Abilities(namespace, form, _probe_tmpfile(fd), noreplace, exchange, whiteout)
     _report(found, config)
     return found
@@ -73,9 +88,7 @@ def _report(found: Abilities, config: MountConfig) -> None:
 def _probe_namespace(fd: int, name: bytes, config: MountConfig) -> bytes | None:
     wanted = (fmt.USER,) if config.userxattr else (fmt.TRUSTED, fmt.USER)
     with syscalls.create_at(fd, name, 0o600) as probe:
-        found = next((ns for ns in wanted if _accepts(probe.fd, ns)), None)
-    remove_tree(fd, name)
-    return found
+        return next((ns for ns in wanted if _accepts(probe.fd, ns)), None)
 
 
 def _accepts(fd: int, namespace: bytes) -> bool:
@@ -125,11 +138,11 @@ def _probe_wh(fd: int) -> Literal["wh"]:
 
 
 def _make_device(fd: int, name: bytes) -> None:
-    """Make a device node 0:0 and remove it. ENOENT, and EEXIST the next time, on a union to which it is a whiteout."""
+    """Make a device node 0:0. ENOENT, and EEXIST the next time, on a union to which it is a whiteout."""
     syscalls.mknod_at(fd, name, stat.S_IFCHR, os.makedev(0, 0))
     st = syscalls.stat_at(fd, name)
-    remove_tree(fd, name)
     if not fmt.is_whiteout_device(st.st_mode, st.st_rdev):
+        remove_tree(fd, name)
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
 
@@ -137,9 +150,7 @@ def _no_whiteouts(form: str, why: str | None) -> UserError:
     return UserError(f"upper cannot keep whiteouts of the form {form}: {why}", hint="use whiteout=auto", code=LAYER)
 
 
-def _probe_rename(fd: int, a: bytes, b: bytes, flag: int, *, both: bool = False) -> bool:
-    for name in (a, b) if both else (a,):
-        syscalls.create_at(fd, name, 0o600).close()
+def _renames(fd: int, a: bytes, b: bytes, flag: int) -> bool:
     try:
         syscalls.renameat2(fd, a, fd, b, flag)
         return True
@@ -147,12 +158,6 @@ def _probe_rename(fd: int, a: bytes, b: bytes, flag: int, *, both: bool = False)
         if exc.errno not in _UNSUPPORTED:
             raise
         return False
-    finally:
-        for name in (a, b):
-            try:
-                remove_tree(fd, name)
-            except FileNotFoundError:
-                pass
 
 
 def _probe_tmpfile(fd: int) -> bool:

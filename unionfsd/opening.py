@@ -129,8 +129,15 @@ def _check_writable_pair(
 
 def _inside(path: bytes, directory: bytes) -> bool:
     """Whether `path` is strictly beneath `directory`, both resolved."""
-    inner, outer = os.path.realpath(path), os.path.realpath(directory)
+    inner, outer = os.path.realpath(path), _real_path(directory)
     return inner != outer and inner.startswith(outer.rstrip(b"/") + b"/")
+
+
+def _real_path(path: bytes) -> bytes:
+    """The directory `path` without symlinks, as realpath(3) has it: the kernel tells, in a tenth of the time."""
+    with Fd(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as fd:
+        found = os.readlink(syscalls.proc_path(fd.fd))
+    return found if found.startswith(b"/") else os.path.realpath(path)  # "(unreachable)": it is beyond our root
 
 
 def _locked(path: bytes, what: str, opened: contextlib.ExitStack) -> Fd:
@@ -153,21 +160,23 @@ def check_overlap(config: MountConfig) -> None:
         if other := roots.get((st.st_dev, st.st_ino)):
             raise _overlap(what, path, *other, "is the same directory as")
         roots[(st.st_dev, st.st_ino)] = (what, path)
-    seen: dict[bytes, tuple[int, int]] = {}
+    clear: set[bytes] = set()
     for what, path in named:
-        for key in _ancestors(path, seen):
+        for key in _ancestors(path, clear):
             if other := roots.get(key):
                 raise _overlap(what, path, *other, "is inside")
 
 
-def _ancestors(path: bytes, seen: dict[bytes, tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    at = os.path.realpath(path)
+def _ancestors(path: bytes, clear: set[bytes]) -> Iterator[tuple[int, int]]:
+    """(device, inode) of the directories that `path` is in, up to one that is `clear`; what was passed is so."""
+    at = _real_path(path)
     while at != b"/":
         at = os.path.dirname(at)
-        if at not in seen:
-            st = os.stat(at)
-            seen[at] = (st.st_dev, st.st_ino)
-        yield seen[at]
+        if at in clear:
+            return  # and with it all that it is in
+        st = os.stat(at)
+        yield st.st_dev, st.st_ino
+        clear.add(at)
 
 
 def _overlap(what: str, path: bytes, other_what: str, other: bytes, how: str) -> UserError:

@@ -1,8 +1,6 @@
 """The program: by a spare process, if one is asked for and there, else by itself."""
 
-from __future__ import annotations
-
-import os
+import posix  # what `os` is made of: a spare makes do without that, see `spare`
 import sys
 
 from unionfsd import spare
@@ -13,7 +11,7 @@ def program() -> None:
     try:
         said = spare.ask() if any(spare.OPTION in word for word in sys.argv) else None
     except KeyboardInterrupt:
-        os._exit(130)  # whom we asked cannot tell us, and takes down what it mounted
+        posix._exit(130)  # whom we asked cannot tell us, and takes down what it mounted
     if said is None:
         from unionfsd.cli import program as alone
 
@@ -21,4 +19,4 @@ def program() -> None:
     if len(said) > 1:
         sys.stderr.write(f"unionfsd: {said[1:].decode(errors='backslashreplace')}\n")
         sys.stderr.flush()
-    os._exit(said[0])
+    posix._exit(said[0])

@@ -97,6 +97,7 @@ def test_what_is_no_mount_of_ours_is_said_so(layers: Layers) -> None:
         said = ctl("status", path)
         assert (said.code, said.out) == (5, "")
         assert "not on a unionfsd mount" in said.err
+        assert ("No such file or directory" in said.err) is not path.exists()
     assert ctl("no such verb").code == 2
     assert ctl("status", "--no-such-option").code == 2
 

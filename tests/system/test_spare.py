@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -123,6 +124,32 @@ def test_what_a_spare_left_that_was_killed_is_removed(mounted: Layers) -> None:
     assert mount(mounted).returncode == 0
     wait_for(there, "no spare is there")
     assert not left.exists()
+
+
+def test_who_stands_by_ends_with_the_spare(mounted: Layers) -> None:
+    assert mount(mounted).returncode == 0
+    pid = maker(mounted)
+    run("umount", mounted.mnt)
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    wait_for(lambda: len(children.read_text().split()) == 1, "one stands by, and the keeper has ended")
+    (child,) = children.read_text().split()
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not Path(f"/proc/{child}").exists(), "it waits for ever")
+    assert mount(mounted).returncode == 0
+    assert maker(mounted) != pid
+    wait_for(there, "no spare is there")
+
+
+def test_a_killed_stand_in_is_no_loss(mounted: Layers) -> None:
+    assert mount(mounted).returncode == 0
+    pid = maker(mounted)
+    run("umount", mounted.mnt)
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    wait_for(lambda: len(children.read_text().split()) == 1, "one stands by, and the keeper has ended")
+    os.kill(int(children.read_text()), signal.SIGKILL)
+    wait_for(lambda: not Path(f"/proc/{pid}").exists(), "a spare that loses who stands by ends")
+    assert mount(mounted).returncode == 0
+    wait_for(there, "no spare is there")
 
 
 def test_without_the_option_there_is_none(layers: Layers) -> None:

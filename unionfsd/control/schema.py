@@ -280,9 +280,10 @@ METHODS: Final[tuple[Method, ...]] = (
         "is the new name of a rename, an exchange or a link, `fields` what a setattr changed or the name of an xattr. "
         "The first write of a process to a file is an event, further ones are not; with `io=passthrough` the daemon "
         "sees none. `pid` is as the daemon's pid namespace has it; 0 for pages that the kernel writes back, as it does "
-        "most with its writeback cache (`writeback=`); and null where the transport does not tell: pyfuse3 does not "
-        "for writes. `corrupt`, with `verify=`, is kept whether or not anybody asked: `path` is that in the layer, "
-        "`fields` what is wrong there (`data`, `metadata`, `names`, `missing`, `added`).",
+        "most with its writeback cache (`writeback=`): files are opened without a message, so whose they are is not "
+        "known; and null where the transport does not tell: pyfuse3 does not for writes. `corrupt`, "
+        "with `verify=`, is kept whether or not anybody asked: `path` is that in the layer, `fields` "
+        "what is wrong there (`data`, `metadata`, `names`, `missing`, `added`).",
     ),
     Method(
         "open",

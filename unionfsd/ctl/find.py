@@ -100,7 +100,8 @@ def _owner(line: MountLine) -> int | None:
 def _no_socket(path: bytes, line: MountLine) -> UserError:
     where = os.fsdecode(path)
     if line.fstype != _OURS:
-        return UserError(f"{where}: not on a unionfsd mount", hint="unionfsctl ps lists them", code=MOUNT)
+        missing = "" if os.path.lexists(path) else ": No such file or directory"
+        return UserError(f"{where}: not on a unionfsd mount{missing}", hint="unionfsctl ps lists them", code=MOUNT)
     if _pulse(line) == "dead":
         return UserError(f"{where}: its daemon is dead", hint="unionfsctl reap takes such mounts away", code=MOUNT)
     return UserError(f"{where}: the mount has no control socket", hint="it was made with control=off", code=MOUNT)
