@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -336,7 +337,7 @@ def test_no_request_is_lost_or_done_twice(layers: Layers, plain: Path, expect_wa
 def test_a_load_sees_no_error(how: Mode, layers: Layers, plain: Path) -> None:
     prepare(layers, plain)
     with served(layers, *how.options) as daemon:
-        done, wrong = torture(daemon, plain, kills=20, seed=1)
+        done, _, wrong = torture(daemon, plain, 20, seed=1)
     assert not wrong
     assert done["operations"] > 40
 
@@ -435,6 +436,18 @@ def test_the_program_is_replaced_beneath_a_load(layers: Layers, options: tuple[s
         os.kill(daemon.pid, signal.SIGKILL)
         assert (daemon / "file").read_text() == "lower\n"
         daemon._policy.expect("was killed by SIGKILL")
+
+
+def test_the_program_is_replaced_while_it_is_replaced(layers: Layers) -> None:
+    """Whoever asks while the next program still starts has another one after it."""
+    policy = LogPolicy()
+    policy.expect(r"is served again")
+    with served(layers, policy=policy) as daemon:
+        for _ in range(40):
+            os.kill(daemon.keeper, signal.SIGUSR1)
+            time.sleep(0.02)
+        wait_for(lambda: daemon.log.read_text().count("is served again") > 1, "nobody has taken over twice")
+        (daemon / "file").write_text("served")
 
 
 def test_a_program_that_cannot_take_over_is_refused(layers: Layers) -> None:
