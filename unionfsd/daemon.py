@@ -18,7 +18,7 @@ import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
-from unionfsd import errors, estate, keeper, logs, syscalls, systemd
+from unionfsd import errors, estate, keeper, logs, serving, syscalls, systemd
 from unionfsd.control.listener import Control
 from unionfsd.errors import UserError
 from unionfsd.fuse import mounting
@@ -232,6 +232,8 @@ def _attend(
         stack.callback(union.close)
         control = stack.enter_context(Control(config, taken=left is not None))
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        if left is not None and left.serving:
+            serving.load()
         mount = mounting.mount(config) if left is None else mounting.adopt(left.fuse, left.mount_id)
         life: Life | None = None
         stack.callback(lambda: mount.end() if life is None else mount.close())  # the keeper has it still

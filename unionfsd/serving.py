@@ -3,18 +3,20 @@
 Up: the transport answers; then the parent is told, and READY comes last. Down: unmounted, the transport returns, the
 union is synced. A process that makes room for another leaves everything as it is.
 
-trio is imported when something asks for it (`Channel.begin`), which takes longer than all the rest, and never for a
-mount that is gone before. Until the signal receiver is there the signals are blocked, so that none can leave a dead
-mount behind.
+trio is imported when something asks for it (`Channel.begin`), which takes longer than all the rest, by a thread, so
+that nobody waits for it; and never for a mount that is gone before. Until the signal receiver is there the signals are
+blocked, so that none can leave a dead mount behind.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
 import signal
-from collections.abc import Awaitable, Callable
+import sys
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -38,6 +40,9 @@ log = logging.getLogger("unionfsd.daemon")  # as who reads the log has always kn
 
 #: Seconds that a mount nobody asks anything of may do without the event loop: most that are made for a moment are gone.
 _PATIENCE: Final = 5.0
+_LOADING: Final = 60.0
+_TURN: Final = 0.0005
+"""Seconds that a thread which imports may keep one that serves waiting."""
 _ONE_LIFE: Final = 1
 """What somebody who takes over from a service manager is told of how often others did: it was served before."""
 _STOP_SIGNALS: Final = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
@@ -85,7 +90,7 @@ class Serving:
             except OSError as error:
                 raise _not_synced(None, error) from None
             return
-        import trio  # late: the mount is there already, see the head of this file
+        import trio
 
         gc.freeze()
         gc.enable()
@@ -145,6 +150,8 @@ class Serving:
         # A service manager wants to hear from us, by the event loop.
         patience = 0.0 if systemd.listening() else _PATIENCE
         serving.begin(self._is_wanted, patience)
+        if not serving.gone:
+            _load_beside(lambda loaded: serving.begin(loaded, _LOADING))
         if serving.gone:
             serving.close()
             return None
@@ -196,6 +203,8 @@ class Serving:
             return
         await trio.lowlevel.wait_readable(listener.fd)
         try:
+            with _in_turns():
+                await trio.to_thread.run_sync(_load_control)
             from unionfsd.control.server import Server
 
             mounted = self._mounted(listener.path, since, transport)
@@ -306,6 +315,51 @@ class Serving:
             log.warning("busy: detached, and served until its last user leaves; a second signal ends it now")
         elif outcome is Unmounted.KEPT:
             service.cancel()
+
+
+def load() -> None:
+    """Import what is otherwise imported while a mount is served: for who takes over while another process serves."""
+    import faulthandler  # noqa: F401
+
+    import unionfsd.fuse.channels  # noqa: F401
+
+    _load_loop()
+    _load_control()
+
+
+def _load_loop() -> None:
+    import trio  # noqa: F401
+
+    import unionfsd.fuse.driver
+    import unionfsd.fuse.pressure  # noqa: F401
+
+
+def _load_control() -> None:
+    import unionfsd.control.mounted
+    import unionfsd.control.server
+    import unionfsd.fuse.notify  # noqa: F401
+
+
+def _load_beside(serve: Callable[[Callable[[], bool]], None]) -> None:
+    """Load the event loop while `serve` serves, until it is told that this is done."""
+    import threading  # late, as all of this
+
+    loading = threading.Thread(target=_load_loop)
+    with _in_turns():
+        loading.start()
+        serve(lambda: not loading.is_alive())
+        loading.join()
+
+
+@contextlib.contextmanager
+def _in_turns() -> Iterator[None]:
+    """Meanwhile threads take turns so often that one which serves is hardly kept waiting by one that does not."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(_TURN)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)
 
 
 def _nothing() -> None:

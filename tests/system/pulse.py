@@ -64,7 +64,7 @@ def main(directory: str) -> None:
             asked.release()
         over.set()
 
-    threading.Thread(target=listen).start()
+    threading.Thread(target=listen, daemon=True).start()
     os.chdir(directory)
     longest = 0.0
     while not over.is_set():
