@@ -51,10 +51,14 @@ SIGNALS: Final = _STOP_SIGNALS | {keeper.MAKE_ROOM}
 
 
 class Transport(NamedTuple):
-    """What serves the mount: `run` answers the kernel until it is gone, `quiesce` waits for what was begun."""
+    """What serves the mount: `run` answers the kernel until it is gone, `quiesce` waits for what was begun.
+
+    `resends`: whether the kernel sends again what a process has not answered when it ends.
+    """
 
     run: Callable[[], Awaitable[None]]
     quiesce: Callable[[], Awaitable[None]]
+    resends: Callable[[], bool] = lambda: False
 
 
 class Serving:
@@ -155,7 +159,7 @@ class Serving:
         if serving.gone:
             serving.close()
             return None
-        return Transport(serving.run, serving.quiesce)
+        return Transport(serving.run, serving.quiesce, serving.resends)
 
     def _is_wanted(self) -> bool:
         """Whether somebody waits for the event loop."""
@@ -178,7 +182,7 @@ class Serving:
 
         failure: Exception | None = None
         async with trio.open_nursery() as nursery:
-            await nursery.start(self._heed_signals, nursery)
+            await nursery.start(self._heed_signals, nursery, transport)
             try:
                 nursery.start_soon(attend)
                 await transport.run()
@@ -249,7 +253,19 @@ class Serving:
             requests={opcode.value: opcode.name for opcode in Opcode},
         )
 
-    async def _heed_signals(self, nursery: trio.Nursery, task_status: trio.TaskStatus[None]) -> None:
+    def _make_room(self, code: int, service: trio.CancelScope, transport: Transport) -> None:
+        """Leave the mount to another process: at once, or, where nobody would do it again, when what was begun is done.
+
+        A large copy-up may take its time, and nobody is served meanwhile.
+        """
+        if transport.resends():
+            os._exit(code)
+        self._makes_room = code
+        service.cancel()
+
+    async def _heed_signals(
+        self, nursery: trio.Nursery, transport: Transport, task_status: trio.TaskStatus[None]
+    ) -> None:
         """Unmount at the first signal, which ends the transport once nobody is left inside; give up at the second.
 
         One that was sent to a whole group of processes comes twice, once passed on by the keeper, and counts once.
@@ -267,8 +283,7 @@ class Serving:
             async for number in signals:
                 if number == keeper.MAKE_ROOM:
                     if self._life is not None:
-                        self._makes_room = errors.OK
-                        nursery.cancel_scope.cancel()
+                        self._make_room(errors.OK, nursery.cancel_scope, transport)
                     continue
                 if number == signal.SIGHUP and systemd.listening():
                     from unionfsd import service
@@ -282,16 +297,15 @@ class Serving:
                 elif not stopping:
                     stopping = True
                     systemd.notify("STOPPING=1")
-                    nursery.start_soon(self._stop, nursery.cancel_scope)
+                    nursery.start_soon(self._stop, nursery.cancel_scope, transport)
 
-    async def _stop(self, service: trio.CancelScope) -> None:
+    async def _stop(self, service: trio.CancelScope, transport: Transport) -> None:
         """Leave the mount to the process that comes next, if the service manager starts one at once; or unmount."""
         import trio
 
         if self._life is not None and systemd.room_for_fds() and await trio.to_thread.run_sync(self._is_succeeded):
             log.info("restarting: the mount is left to the next process")
-            self._makes_room = keeper.LEFT
-            service.cancel()
+            self._make_room(keeper.LEFT, service, transport)
             return
         self._union.thaw()
         self._let_go()
