@@ -16,7 +16,7 @@ import resource
 import signal
 from collections.abc import Callable
 
-from unionfsd import errors, estate, keeper, logger, syscalls, systemd
+from unionfsd import errors, estate, keeper, logger, serving, syscalls, systemd
 from unionfsd.control.listener import Control
 from unionfsd.errors import UserError
 from unionfsd.fuse import mounting
@@ -256,6 +256,8 @@ def _attend(
         stack.callback(union.close)
         control = stack.enter_context(Control(config, taken=left is not None))
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        if left is not None and left.serving:
+            serving.load()
         mount = mounting.mount(config) if left is None else mounting.adopt(left.fuse, left.mount_id)
         life: Life | None = None
         stack.callback(lambda: mount.end() if life is None else mount.close())  # the keeper has it still

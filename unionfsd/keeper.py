@@ -221,12 +221,13 @@ class Keeper:
                 since = monotonic()
 
     def _try_to_renew(self, pid: int, lives: int) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)  # the program that comes listens in its own time
+        heeded = (*_FORWARDED, MAKE_ROOM)
+        signal.pthread_sigmask(signal.SIG_BLOCK, heeded)  # the program that comes listens in its own time
         try:
             self._renew(pid, lives)
         except OSError as error:
             log.error("the program cannot be executed anew, and goes on as it is: %s", error)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, heeded)
 
     def _ready(self) -> int:
         """What poll(2) says of the connection: POLLIN for requests that wait, POLLERR when it has ended."""

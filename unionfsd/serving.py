@@ -3,17 +3,19 @@
 Up: the transport answers; then the parent is told, and READY comes last. Down: unmounted, the transport returns, the
 union is synced. A process that makes room for another leaves everything as it is.
 
-trio is imported when something asks for it (`Channel.begin`), which takes longer than all the rest, and never for a
-mount that is gone before. Until the signal receiver is there the signals are blocked, so that none can leave a dead
-mount behind.
+trio is imported when something asks for it (`Channel.begin`), which takes longer than all the rest, by a thread, so
+that nobody waits for it; and never for a mount that is gone before. Until the signal receiver is there the signals are
+blocked, so that none can leave a dead mount behind.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
-from collections.abc import Awaitable, Callable
+import sys
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from time import monotonic
 
@@ -40,6 +42,9 @@ log = get_logger("unionfsd.daemon")  # as who reads the log has always known it
 _PATIENCE: Final = 5.0
 _SOON: Final = 0.02
 """Seconds that whoever waited for the mount has for a first request, before anything is done that may wait."""
+_LOADING: Final = 60.0
+_TURN: Final = 0.0005
+"""Seconds that a thread which imports may keep one that serves waiting."""
 _ONE_LIFE: Final = 1
 """What somebody who takes over from a service manager is told of how often others did: it was served before."""
 _STOP_SIGNALS: Final = frozenset((signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
@@ -48,10 +53,14 @@ SIGNALS: Final = _STOP_SIGNALS | {keeper.MAKE_ROOM}
 
 
 class Transport(NamedTuple):
-    """What serves the mount: `run` answers the kernel until it is gone, `quiesce` waits for what was begun."""
+    """What serves the mount: `run` answers the kernel until it is gone, `quiesce` waits for what was begun.
+
+    `resends`: whether the kernel sends again what a process has not answered when it ends.
+    """
 
     run: Callable[[], Awaitable[None]]
     quiesce: Callable[[], Awaitable[None]]
+    resends: Callable[[], bool] = lambda: False
 
 
 class Serving:
@@ -90,7 +99,7 @@ class Serving:
             except OSError as error:
                 raise _not_synced(None, error) from None
             return
-        import trio  # late: the mount is there already, see the head of this file
+        import trio
 
         settle()
         gc.freeze()
@@ -152,10 +161,12 @@ class Serving:
         # A service manager wants to hear from us, by the event loop.
         patience = 0.0 if systemd.listening() else _PATIENCE
         serving.begin(self._is_wanted, patience)
+        if not serving.gone:
+            _load_beside(lambda loaded: serving.begin(loaded, _LOADING))
         if serving.gone:
             serving.close()
             return None
-        return Transport(serving.run, serving.quiesce)
+        return Transport(serving.run, serving.quiesce, serving.resends)
 
     def _is_wanted(self) -> bool:
         """Whether somebody waits for the event loop."""
@@ -187,7 +198,7 @@ class Serving:
 
         failure: Exception | None = None
         async with trio.open_nursery() as nursery:
-            await nursery.start(self._heed_signals, nursery)
+            await nursery.start(self._heed_signals, nursery, transport)
             try:
                 nursery.start_soon(attend)
                 await transport.run()
@@ -212,6 +223,8 @@ class Serving:
             return
         await trio.lowlevel.wait_readable(listener.fd)
         try:
+            with _in_turns():
+                await trio.to_thread.run_sync(_load_control)
             from unionfsd.control.server import Server
 
             mounted = self._mounted(listener.path, since, transport)
@@ -256,7 +269,19 @@ class Serving:
             requests={opcode.value: opcode.name for opcode in Opcode},
         )
 
-    async def _heed_signals(self, nursery: trio.Nursery, task_status: trio.TaskStatus[None]) -> None:
+    def _make_room(self, code: int, service: trio.CancelScope, transport: Transport) -> None:
+        """Leave the mount to another process: at once, or, where nobody would do it again, when what was begun is done.
+
+        A large copy-up may take its time, and nobody is served meanwhile.
+        """
+        if transport.resends():
+            os._exit(code)
+        self._makes_room = code
+        service.cancel()
+
+    async def _heed_signals(
+        self, nursery: trio.Nursery, transport: Transport, task_status: trio.TaskStatus[None]
+    ) -> None:
         """Unmount at the first signal, which ends the transport once nobody is left inside; give up at the second.
 
         One that was sent to a whole group of processes comes twice, once passed on by the keeper, and counts once.
@@ -274,8 +299,7 @@ class Serving:
             async for number in signals:
                 if number == keeper.MAKE_ROOM:
                     if self._life is not None:
-                        self._makes_room = errors.OK
-                        nursery.cancel_scope.cancel()
+                        self._make_room(errors.OK, nursery.cancel_scope, transport)
                     continue
                 if number == signal.SIGHUP and systemd.listening():
                     from unionfsd import service
@@ -289,16 +313,15 @@ class Serving:
                 elif not stopping:
                     stopping = True
                     systemd.notify("STOPPING=1")
-                    nursery.start_soon(self._stop, nursery.cancel_scope)
+                    nursery.start_soon(self._stop, nursery.cancel_scope, transport)
 
-    async def _stop(self, service: trio.CancelScope) -> None:
+    async def _stop(self, service: trio.CancelScope, transport: Transport) -> None:
         """Leave the mount to the process that comes next, if the service manager starts one at once; or unmount."""
         import trio
 
         if self._life is not None and systemd.room_for_fds() and await trio.to_thread.run_sync(self._is_succeeded):
             log.info("restarting: the mount is left to the next process")
-            self._makes_room = keeper.LEFT
-            service.cancel()
+            self._make_room(keeper.LEFT, service, transport)
             return
         self._union.thaw()
         self._let_go()
@@ -322,6 +345,49 @@ class Serving:
             log.warning("busy: detached, and served until its last user leaves; a second signal ends it now")
         elif outcome is Unmounted.KEPT:
             service.cancel()
+
+
+def load() -> None:
+    """Import what is otherwise imported while a mount is served: for who takes over while another process serves."""
+    import faulthandler  # noqa: F401
+
+    import unionfsd.fuse.channels  # noqa: F401
+
+    _load_loop()
+    _load_control()
+
+
+def _load_loop() -> None:
+    import trio  # noqa: F401
+
+
+
+def _load_control() -> None:
+    import unionfsd.control.mounted
+    import unionfsd.control.server
+    import unionfsd.fuse.notify  # noqa: F401
+
+
+def _load_beside(serve: Callable[[Callable[[], bool]], None]) -> None:
+    """Load the event loop while `serve` serves, until it is told that this is done."""
+    import threading  # late, as all of this
+
+    loading = threading.Thread(target=_load_loop)
+    with _in_turns():
+        loading.start()
+        serve(lambda: not loading.is_alive())
+        loading.join()
+
+
+@contextlib.contextmanager
+def _in_turns() -> Iterator[None]:
+    """Meanwhile threads take turns so often that one which serves is hardly kept waiting by one that does not."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(_TURN)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)
 
 
 def _nothing() -> None:

@@ -134,6 +134,7 @@ def _load() -> None:
     import faulthandler  # noqa: F401
 
     import unionfsd.fuse.channels
+    import unionfsd.logs
     import unionfsd.union  # noqa: F401
 
 

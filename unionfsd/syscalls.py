@@ -188,11 +188,8 @@ def getxattr_at(dirfd: int, name: bytes, xattr: bytes) -> bytes:
 
 
 def listxattr(fd: int) -> list[bytes]:
-    """Names of the xattrs of the object `fd` (O_PATH allowed).
-
-    By its path at once: most are O_PATH, and that refused costs more than a path does.
-    """
-    return [os.fsencode(name) for name in os.listxattr(proc_path(fd))]
+    """Names of the xattrs of the object `fd` (O_PATH allowed)."""
+    return [os.fsencode(name) for name in _on(os.listxattr, fd)]
 
 
 def listxattr_at(dirfd: int, name: bytes) -> list[str]:

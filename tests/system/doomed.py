@@ -1,9 +1,11 @@
 """unionfsd that dies where a test wants it to: by SIGKILL at a system call that changes a layer, or before an answer.
 
 The file $DOOM says where, as ``NUMBER WHEN``: at the NUMBERth such call from now on, WHEN it is ``before`` or ``after``
-it, or at the NUMBERth ``answer``, or when a successor is to ``resume``. The file goes when it happens; the next process
-then works as ever. With ``always`` for a number it stays, and every process dies at its first such call. Who reads or
-writes it holds a lock (`alone`): the daemon may be at work while a test says the next.
+it, or at the NUMBERth ``answer``, or when a successor is to ``resume``. Or it hangs: before the NUMBERth answer, at
+work (``spin``) or in a system call (``wait``); or in the thread that is to ``fill`` a copy. The file goes when it
+happens; the next process then works as ever. With ``always`` for a number it stays, and every process dies at its first
+such call. Who reads or writes it holds a lock (`alone`): the daemon may be at work while a test says the next. $HUNG:
+the seconds after which the keeper takes a process for hung.
 """
 
 from __future__ import annotations
@@ -75,8 +77,13 @@ def doomed(call: Callable[..., Any]) -> Callable[..., Any]:
 
 def answering(writev: Callable[[int, Any], int]) -> Callable[[int, Any], int]:
     def wrapped(fd: int, parts: Any) -> int:
-        if due("answer"):
+        when = due("answer", "spin", "wait")
+        if when == "answer":
             die()
+        while when == "spin":
+            pass
+        if when == "wait":
+            os.read(os.pipe()[0], 1)
         return writev(fd, parts)
 
     return wrapped
@@ -91,11 +98,24 @@ def resuming(resume: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return wrapped
 
 
+def filling(run: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(*args: Any, **more: Any) -> Any:
+        if due("fill"):
+            os.read(os.pipe()[0], 1)
+        return run(*args, **more)
+
+    return wrapped
+
+
 if __name__ == "__main__":
-    from unionfsd import syscalls
+    from unionfsd import keeper, syscalls
     from unionfsd.cli import main
+    from unionfsd.filling import Filling
     from unionfsd.union import Union
 
+    if "HUNG" in os.environ:
+        keeper.HUNG = float(os.environ["HUNG"])  # type: ignore[misc]
+    Filling.run = filling(Filling.run)  # type: ignore[method-assign]
     Union.resume = resuming(Union.resume)  # type: ignore[method-assign, assignment]
     for name in syscalls.MUTATING:
         setattr(syscalls, name, doomed(getattr(syscalls, name)))

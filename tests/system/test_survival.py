@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -50,6 +51,13 @@ def kill(daemon: Daemon) -> None:
 def status(daemon: Daemon) -> dict[str, object]:
     """Its own answer."""
     found: dict[str, object] = json.loads(run(sys.executable, "-m", "unionfsd.ctl", "status", "--json", daemon.path))
+    return found
+
+
+def state(daemon: Daemon) -> str:
+    """What `unionfsctl ps` calls it."""
+    rows = json.loads(run(sys.executable, "-m", "unionfsd.ctl", "ps", "--json"))
+    found: str = {row["mountpoint"]: row["state"] for row in rows}[str(daemon.path)]
     return found
 
 
@@ -336,7 +344,7 @@ def test_no_request_is_lost_or_done_twice(layers: Layers, plain: Path, expect_wa
 def test_a_load_sees_no_error(how: Mode, layers: Layers, plain: Path) -> None:
     prepare(layers, plain)
     with served(layers, *how.options) as daemon:
-        done, wrong = torture(daemon, plain, kills=20, seed=1)
+        done, _, wrong = torture(daemon, plain, 20, seed=1)
     assert not wrong
     assert done["operations"] > 40
 
@@ -366,15 +374,37 @@ def test_a_crash_loop_ends_in_errors_and_not_in_silence(layers: Layers) -> None:
     os.kill(daemon.pid, signal.SIGKILL)
     with pytest.raises(OSError, match="Input/output"):
         (daemon / "any").touch()
-    seen = {
-        row["mountpoint"]: row["state"] for row in json.loads(run(sys.executable, "-m", "unionfsd.ctl", "ps", "--json"))
-    }
-    assert seen[str(daemon.path)] == "failed"
+    assert state(daemon) == "failed"
     run(sys.executable, "-m", "unionfsd.ctl", "reap", daemon.path)
     assert daemon.path not in mounts()
     wait_for(lambda: not Path(f"/proc/{daemon.keeper}").exists() or not children(daemon.keeper), "the keeper stays")
     daemon.kill()
     daemon._call_off()
+
+
+@pytest.mark.parametrize("how", ["spin", "wait"])
+def test_a_process_that_hangs_is_replaced(how: str, layers: Layers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it computes for ever or waits for something; until then `ps` calls it hung. The log has its stacks."""
+    monkeypatch.setenv("HUNG", "8")
+    policy = survivor()
+    policy.expect("requests wait, and for 8 s none was answered. What the process was doing:")
+    policy.expect(r"most recent call first")
+    policy.expect(r'  File ".*doomed.py", line \d+ in wrapped')
+    policy.expect(r'^(  File ".*", line \d+ in .*)?$')
+    with served(layers, kind=Doomed, policy=policy) as daemon:
+        assert isinstance(daemon, Doomed)
+        before = daemon.pid
+        daemon.dooms(f"1 {how}")
+        # A process of its own: whoever waits for the mount with this interpreter's lock would keep us waiting, too.
+        with (
+            subprocess.Popen(["mkdir", daemon / "made"]) as user,
+            subprocess.Popen(["stat", "--file-system", daemon.path], stdout=subprocess.DEVNULL) as other,
+        ):
+            wait_for(lambda: state(daemon) == "hung", "it is not called hung")
+            assert (user.wait(60), other.wait(60)) == (0, 0)
+        assert state(daemon) == "serving"
+        assert (status(daemon)["restarts"], daemon.pid != before) == (1, True)
+        assert os.listdir(daemon.path) == ["made"]
 
 
 def test_the_keeper_may_die(layers: Layers) -> None:
@@ -435,6 +465,33 @@ def test_the_program_is_replaced_beneath_a_load(layers: Layers, options: tuple[s
         os.kill(daemon.pid, signal.SIGKILL)
         assert (daemon / "file").read_text() == "lower\n"
         daemon._policy.expect("was killed by SIGKILL")
+
+
+def test_the_program_is_replaced_while_it_is_replaced(layers: Layers) -> None:
+    """Whoever asks while the next program still starts has another one after it."""
+    policy = LogPolicy()
+    policy.expect(r"is served again")
+    with served(layers, policy=policy) as daemon:
+        for _ in range(40):
+            os.kill(daemon.keeper, signal.SIGUSR1)
+            time.sleep(0.02)
+        wait_for(lambda: daemon.log.read_text().count("is served again") > 1, "nobody has taken over twice")
+        (daemon / "file").write_text("served")
+
+
+def test_a_copy_up_does_not_hold_up_who_takes_over(layers: Layers) -> None:
+    """It is begun again: the mount would answer nobody until it is done."""
+    (layers.lower / "large").write_bytes(bytes(1 << 20))
+    policy = LogPolicy()
+    policy.expect(r"is served again")
+    with served(layers, kind=Doomed, policy=policy) as daemon:
+        assert isinstance(daemon, Doomed)
+        daemon.dooms("1 fill")
+        with subprocess.Popen(["truncate", "--size=+1", daemon / "large"]) as user:
+            wait_for(lambda: not daemon.doom.exists(), "nothing is copied")
+            run(sys.executable, "-m", "unionfsd.ctl", "reexec", daemon.path)
+            assert user.wait(60) == 0
+        assert (daemon / "large").stat().st_size == (1 << 20) + 1
 
 
 def test_a_program_that_cannot_take_over_is_refused(layers: Layers) -> None:

@@ -1,4 +1,4 @@
-"""A load that knows what it should see, while the process that serves it is killed again and again.
+"""A load that knows what it should see, while the process that serves it is killed again and again, or replaced.
 
 Everything is done twice, on the mount and on a plain directory; every outcome, every byte and in the end the whole tree
 must be the same. Files stay open after they lost their name; some are mapped. Beside it programs that people run are at
@@ -13,15 +13,18 @@ import os
 import random
 import signal
 import stat
+import statistics
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from tests.harness import Daemon, Layers, children, remove, run
+from tests.harness import PROJECT, Daemon, Layers, children, remove, run
 from tests.system.loads import LOADS
+from tests.system.pulse import Pulse
 from unionfsd.keeper import BLAMED, STRIKES
 
 _THREADS: Final = 4
@@ -213,10 +216,26 @@ def _use(fd: int, data: bytes, offset: int) -> tuple[bytes, int]:
     return os.pread(fd, 1 << 24, 0), os.fstat(fd).st_nlink
 
 
-def torture(daemon: Daemon, plain: Path, kills: int, seed: int) -> tuple[dict[str, int], list[str]]:
-    """Kill the process that serves `kills` times beneath a load.
+class Stalls(NamedTuple):
+    """The longest that anything took, in seconds: in spans without a disturbance, and in those with one."""
 
-    Returns what was done, by user or program, and what was not as it should be.
+    calm: list[float]
+    disturbed: list[float]
+
+    def __str__(self) -> str:
+        calm, disturbed = (
+            f"median {statistics.median(spans) * 1000:.0f} ms, worst {max(spans) * 1000:.0f} ms" if spans else "none"
+            for spans in self
+        )
+        return f"longest wait: {disturbed}; undisturbed: {calm}"
+
+
+def torture(
+    daemon: Daemon, plain: Path, times: int, seed: int, how: str = "kill"
+) -> tuple[dict[str, int], Stalls, list[str]]:
+    """Disturb the process that serves so many times beneath a load.
+
+    Returns what was done, by user or program, how long they waited, and what was not as it should be.
     """
     stop = threading.Event()
     workers = [Worker(number, daemon.path, plain, seed, stop) for number in range(_THREADS)]
@@ -226,7 +245,9 @@ def torture(daemon: Daemon, plain: Path, kills: int, seed: int) -> tuple[dict[st
         user.start()
     for load in loads:
         load.prepared.wait()
-    wrong = _kill(daemon, workers, kills, random.Random(seed), stop)
+    stalls = Stalls([], [])
+    with Pulse(daemon.path / "pulse") as pulse:
+        wrong = _disturb(_Disturbance(daemon, workers, random.Random(seed), stop), pulse, stalls, times, HOW[how])
     stop.set()
     for user in users:
         user.join(300)
@@ -242,25 +263,86 @@ def torture(daemon: Daemon, plain: Path, kills: int, seed: int) -> tuple[dict[st
         different = [path for path in ours.keys() | expected.keys() if ours.get(path) != expected.get(path)]
         wrong += [f"{path}: {ours.get(path)}, expected {expected.get(path)}" for path in sorted(different)]
     done = {"operations": _operations(workers)}
-    return done | {load.name: load.operations for load in loads}, wrong
+    return done | {load.name: load.operations for load in loads}, stalls, wrong
 
 
-def _kill(daemon: Daemon, workers: list[Worker], kills: int, chance: random.Random, stop: threading.Event) -> list[str]:
-    """Kill until it is done or something else calls for a stop; what went wrong, if anything."""
-    while kills > 0 and not stop.is_set():
-        for _ in range(_IN_A_ROW):
-            time.sleep(chance.uniform(_SHORTEST, _LONGEST))
-            for pid in children(daemon.keeper):
-                os.kill(pid, signal.SIGKILL)
-                kills -= 1
-        # As many as there are users may have been on their way since before the last death.
-        wanted = _operations(workers) + 2 * len(workers)
+class _Disturbance(NamedTuple):
+    """Whom to disturb, and beneath whom."""
+
+    daemon: Daemon
+    workers: list[Worker]
+    chance: random.Random
+    stop: threading.Event
+
+    def pause(self) -> None:
+        """For as long as the next one is away."""
+        time.sleep(self.chance.uniform(_SHORTEST, _LONGEST))
+
+
+def _disturb(
+    of: _Disturbance, pulse: Pulse, stalls: Stalls, times: int, how: Callable[[_Disturbance], int]
+) -> list[str]:
+    """Do so until it was done so many times, or something else calls for a stop; what went wrong, if anything."""
+    while times > 0 and not of.stop.is_set():
+        pulse.longest()
+        of.pause()
+        stalls.calm.append(pulse.longest())
+        try:
+            times -= how(of)
+        except AssertionError as error:
+            return [str(error)]
+        # As many as there are users may have been on their way since before.
+        wanted = _operations(of.workers) + 2 * len(of.workers)
         end = time.monotonic() + _SLOWEST
-        while _operations(workers) < wanted and not stop.is_set():
+        while _operations(of.workers) < wanted and not of.stop.is_set():
             if time.monotonic() > end:
                 return [f"nothing was answered for {_SLOWEST:.0f} s"]
             time.sleep(_SHORTEST)
+        stalls.disturbed.append(pulse.longest())
     return []
+
+
+def _kill(of: _Disturbance) -> int:
+    """End the process that serves, a few times."""
+    for _ in range(_IN_A_ROW):
+        of.pause()
+        _kill_once(of)
+    return _IN_A_ROW
+
+
+def _kill_once(of: _Disturbance) -> None:
+    for pid in children(of.daemon.keeper):
+        os.kill(pid, signal.SIGKILL)
+
+
+_REEXEC: Final = (sys.executable, "-m", "unionfsd.ctl", "reexec")
+
+
+def _reexec(of: _Disturbance) -> int:
+    """Have another program take over, as its user would."""
+    said = run(*_REEXEC, of.daemon.path, seconds=_SLOWEST)
+    assert said.startswith("served by process"), said
+    return 1
+
+
+def _both(of: _Disturbance) -> int:
+    """The process that serves is killed at some moment of an upgrade, perhaps of two at once.
+
+    Whoever asked for one may be told that nobody answers.
+    """
+    several = [
+        subprocess.Popen([*_REEXEC, of.daemon.path], cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(of.chance.choice((1, 1, 2)))
+    ]
+    for _ in range(_IN_A_ROW - 1):
+        of.pause()
+        _kill_once(of)
+    for each in several:
+        each.wait(_SLOWEST)
+    return 1
+
+
+HOW: Final = {"kill": _kill, "reexec": _reexec, "both": _both}
 
 
 def _operations(workers: list[Worker]) -> int:
@@ -276,7 +358,8 @@ def prepare(layers: Layers, plain: Path) -> None:
 def main() -> int:
     """`make torture`: every mode in turn."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--kills", type=int, default=500, help="in each mode (500)")
+    parser.add_argument("--kills", "--times", type=int, default=500, help="in each mode (500)")
+    parser.add_argument("--how", choices=HOW, default="kill", help="kill it, have it replaced, or both (kill)")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the load and the moments (the time)")
     parser.add_argument("--dir", type=Path, default=Path("/var/tmp"), help="where the layers are made (/var/tmp)")
     parser.add_argument("modes", nargs="*", default=["io=cached", "io=passthrough", "writeback=off"])
@@ -291,23 +374,25 @@ def main() -> int:
         prepare(layers, plain)
         start = time.monotonic()
         try:
-            with Daemon(layers, [mode], patience=24 * 3600, log_policy=survivor()) as daemon:
-                done, wrong = torture(daemon, plain, given.kills, given.seed)
+            with Daemon(layers, [mode], patience=24 * 3600, log_policy=survivor(given.how)) as daemon:
+                done, stalls, wrong = torture(daemon, plain, given.kills, given.seed, given.how)
         finally:
             remove(root)
         bad += len(wrong)
         figures = ", ".join(f"{count} {what}" for what, count in done.items())
-        print(f"{mode}: {given.kills} kills, {time.monotonic() - start:.0f} s, seed {given.seed}; {figures}")
+        print(f"{mode}: {given.how} {given.kills}, {time.monotonic() - start:.0f} s, seed {given.seed}; {figures}")
+        print(f"  {stalls}")
         print("\n".join(wrong) or "  no error was seen, and the trees are equal", flush=True)
     return min(bad, 1)
 
 
-def survivor() -> Any:
-    """What the log of a daemon may have whose processes are killed."""
+def survivor(how: str = "kill") -> Any:
+    """What the log of a daemon may have whose processes are killed, or replaced."""
     from tests.harness import LogPolicy
 
     policy = LogPolicy()
-    policy.expect(r"was killed by SIGKILL; another takes its place")
+    if how != "reexec":
+        policy.expect(r"was killed by SIGKILL; another takes its place")
     policy.expect(r"is served again")
     return policy
 

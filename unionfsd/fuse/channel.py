@@ -433,6 +433,10 @@ class Channel:
             assert gate is not None
             await opened(gate)
 
+    def resends(self) -> bool:
+        """Whether the kernel sends again what was not answered, to whoever takes the place of this process."""
+        return not self._holds
+
     # --- the connection itself ---------------------------------------------------------------------------------------
 
     def _init(self, nodeid: int, end: int) -> Payload | None:
