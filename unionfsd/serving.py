@@ -52,6 +52,10 @@ SIGNALS: Final = _STOP_SIGNALS | {keeper.MAKE_ROOM}
 """Blocked when a `Serving` runs, and heeded by it."""
 
 
+def _never() -> bool:
+    return False
+
+
 class Transport(NamedTuple):
     """What serves the mount: `run` answers the kernel until it is gone, `quiesce` waits for what was begun.
 
@@ -60,7 +64,7 @@ class Transport(NamedTuple):
 
     run: Callable[[], Awaitable[None]]
     quiesce: Callable[[], Awaitable[None]]
-    resends: Callable[[], bool] = lambda: False
+    resends: Callable[[], bool] = _never
 
 
 class Serving:
