@@ -365,7 +365,6 @@ def _load_loop() -> None:
     import trio  # noqa: F401
 
 
-
 def _load_control() -> None:
     import unionfsd.control.mounted
     import unionfsd.control.server

@@ -101,7 +101,7 @@ class Worker(threading.Thread):
     def _same(self, what: str, ours: Outcome, expected: Outcome) -> bool:
         self.operations += 1
         if ours != expected:
-            self.differences.append(f"{what}: {str(ours)[:200]}, expected {str(expected)[:200]}")
+            self.differences.append(f"{what}: {str(ours)[:600]}, expected {str(expected)[:600]}")
         return ours[0] == "ok"
 
     def _step(self) -> None:
@@ -211,9 +211,15 @@ _ACTIONS: Final = (
 )
 
 
-def _use(fd: int, data: bytes, offset: int) -> tuple[bytes, int]:
+def _use(fd: int, data: bytes, offset: int) -> tuple[int, int, int, list[str]]:
+    """Write to a file that has no name any more: links, length, and what it holds, by pieces."""
+    before = os.fstat(fd)
     os.pwrite(fd, data, offset)
-    return os.pread(fd, 1 << 24, 0), os.fstat(fd).st_nlink
+    held = os.pread(fd, 1 << 24, 0)
+    pieces = [
+        hashlib.sha1(held[at : at + 4096], usedforsecurity=False).hexdigest()[:4] for at in range(0, len(held), 4096)
+    ]
+    return before.st_nlink, before.st_size, len(held), pieces
 
 
 class Stalls(NamedTuple):
