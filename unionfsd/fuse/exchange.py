@@ -32,17 +32,26 @@ Handler: TypeAlias = Callable[[int, int], Payload | None]
 Header: TypeAlias = tuple[int, int, int, int, int, int, int, int]
 """The members of fuse_in_header, in order."""
 
+_READY: Final = 4
+"""Further buffers that are made ready; more are needed only while very much is under way, and memory counts then."""
 _ROOM: Final = 4096
 """What a request may hold besides MAX_WRITE bytes of data: its header and struct, or two names and a value."""
 
 
 class Buffer:
-    """Anonymous memory for one request or reply: pages never used cost nothing, and slicing it gives bytes."""
+    """Anonymous memory for one request or reply: pages never used cost nothing, and slicing it gives bytes.
+
+    `ready`: with all its pages there. Into pages that are still to be made the kernel copies nothing for a process that
+    was just killed, and answers the request with EIO itself (fs/fuse/dev.c, `fuse_dev_do_read`) instead of keeping it
+    for the next one.
+    """
 
     __slots__ = ("map", "vector", "view")
 
-    def __init__(self) -> None:
+    def __init__(self, *, ready: bool = False) -> None:
         self.map = mmap.mmap(-1, MAX_WRITE + _ROOM)
+        for at in range(0, len(self.map) if ready else 0, mmap.PAGESIZE):
+            self.map[at] = 0
         self.view = memoryview(self.map)
         self.vector = [self.map]
 
@@ -77,19 +86,20 @@ class Deferred:
 class Exchange:
     """The state of one connection that its handlers share."""
 
-    __slots__ = ("_defer", "_spare", "buf", "header", "inbox", "outbox", "union", "unsettled", "valid")
+    __slots__ = ("_defer", "_spare", "_unready", "buf", "header", "inbox", "outbox", "union", "unsettled", "valid")
 
     def __init__(self, union: Union, valid: wire.Validity, defer: Callable[[Deferred], None]) -> None:
         self.union = union
         self.valid = valid
         self.unsettled: set[int] = set()
         """Nodes that may be written without a message: the kernel is not to keep their attributes."""
-        self.inbox = Buffer()
+        self.inbox = Buffer(ready=True)
         self.outbox = Buffer()
         self.buf = self.inbox.map
         self.header: Header = (0, 0, 0, 0, 0, 0, 0, 0)
         self._defer = defer
         self._spare: list[Buffer] = []
+        self._unready = _READY
 
     def start(self, op: Op[T], done: Callable[[T], Payload], held: Buffer | None = None) -> Payload | None:
         """Run `op` to its end or to its first step. The payload `done` makes of its result; None when it was deferred.
@@ -106,7 +116,11 @@ class Exchange:
         return None
 
     def _replace(self, held: Buffer) -> None:
-        fresh = self._spare.pop() if self._spare else Buffer()
+        if self._spare:
+            fresh = self._spare.pop()
+        else:
+            fresh = Buffer(ready=self._unready > 0)
+            self._unready -= 1
         if held is self.inbox:
             self.inbox = fresh
             self.buf = fresh.map
