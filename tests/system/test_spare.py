@@ -126,13 +126,18 @@ def test_what_a_spare_left_that_was_killed_is_removed(mounted: Layers) -> None:
     assert not left.exists()
 
 
-def test_who_stands_by_ends_with_the_spare(mounted: Layers) -> None:
-    assert mount(mounted).returncode == 0
-    pid = maker(mounted)
-    run("umount", mounted.mnt)
+def pair(layers: Layers) -> tuple[int, int]:
+    """The pids of the spare and of who stands by, once a mount that it made is gone."""
+    assert mount(layers).returncode == 0
+    pid = maker(layers)
+    run("umount", layers.mnt)
     children = Path(f"/proc/{pid}/task/{pid}/children")
     wait_for(lambda: len(children.read_text().split()) == 1, "one stands by, and the keeper has ended")
-    (child,) = children.read_text().split()
+    return pid, int(children.read_text())
+
+
+def test_who_stands_by_ends_with_the_spare(mounted: Layers) -> None:
+    pid, child = pair(mounted)
     os.kill(pid, signal.SIGKILL)
     wait_for(lambda: not Path(f"/proc/{child}").exists(), "it waits for ever")
     assert mount(mounted).returncode == 0
@@ -141,12 +146,8 @@ def test_who_stands_by_ends_with_the_spare(mounted: Layers) -> None:
 
 
 def test_a_killed_stand_in_is_no_loss(mounted: Layers) -> None:
-    assert mount(mounted).returncode == 0
-    pid = maker(mounted)
-    run("umount", mounted.mnt)
-    children = Path(f"/proc/{pid}/task/{pid}/children")
-    wait_for(lambda: len(children.read_text().split()) == 1, "one stands by, and the keeper has ended")
-    os.kill(int(children.read_text()), signal.SIGKILL)
+    pid, child = pair(mounted)
+    os.kill(child, signal.SIGKILL)
     wait_for(lambda: not Path(f"/proc/{pid}").exists(), "a spare that loses who stands by ends")
     assert mount(mounted).returncode == 0
     wait_for(there, "no spare is there")
