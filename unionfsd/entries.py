@@ -75,6 +75,11 @@ class Entry:
         return Entry(self.upper, self.lowers, self.redirect, data, self.name, self.index)
 
     @property
+    def in_lowers(self) -> bool:
+        """Whether its name in the lowers of its directory leads to its `lowers`, whatever becomes of the upper."""
+        return bool(self.lowers) and (self.redirect is None or not self.upper)
+
+    @property
     def of_object(self) -> Entry:
         """The entry of the object that has this entry under one of its names."""
         return self if self.upper or self.index is None else Entry(True, (), index=self.index)

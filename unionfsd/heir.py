@@ -17,16 +17,18 @@ import contextlib
 import os
 import stat
 
+from . import format as fmt
 from . import intent, syscalls
 from .entries import UPPER, Asleep, Entry
 from .inodes import DirNode, Node, NodeTable, child
+from .layers import exists, read_marks
 from .ledger import ROOT_ID, Flag, Intent, Kind, Record
 from .logger import get_logger
 from .lookup import Resolver
 from .remote import Patience
 from .syscalls import Fd, stat_or_none
 from .typed import Final, NamedTuple
-from .workdir import Workdir
+from .workdir import Workdir, is_whiteout
 
 log = get_logger(__name__)
 
@@ -50,7 +52,8 @@ class Inheritance(NamedTuple):
     """What a successor is told of requests that are sent again.
 
     `hand` is the unique of the request that was in hand last, and `counted` the nodeids whose lookups were counted for
-    its answer: if it is sent again, the kernel never counted them. `opens`: the `Flag.OPENS`.
+    its answer: if it is sent again, the kernel never counted them. `opens`: the `Flag.OPENS`. The ledger has `hand`,
+    `counted` and `answered` until another request is begun, or changes something: what they speak of is taken up first.
     """
 
     answered: Answered | None
@@ -77,77 +80,69 @@ class Heir:
             intent.recover(self._work, upper.root.fd)
         records = list(ledger.records())
         last = ledger.intent()
-        if last is not None and not last.applied and self._moved(last, records):
-            self._move(last)
-            records = list(ledger.records())
+        happened = last is not None and (last.applied or self._happened(last, records))
+        if last is not None and happened and not last.applied and last.kind is not Kind.LINK:
+            self._apply(last, records)
             ledger.done()
-            last = last._replace(applied=True)
+            records = list(ledger.records())
         table.restore(records, Asleep(self._wake))
         if self._work is not None:
-            victim = [last.record] if last is not None and last.kind is Kind.GONE else []
-            self._kept = self._work.take_over({*victim, *(r.nodeid for r in records if r.flags & Flag.UNLINKED)})
+            self._kept = self._work.take_over({r.nodeid for r in records if r.flags & Flag.UNLINKED})
         self._restore_links(records)
-        answered = None if last is None or not self._was_done(last) else _answer(last)
+        if last is not None and happened and not last.applied and last.kind is Kind.LINK:
+            self._link(last)
+            ledger.done()
+        answered = _answer(last) if last is not None and happened else None
         opens = [record for record in records if record.flags & Flag.OPENS]
-        return Inheritance(answered, *ledger.put_down(), opens)
+        return Inheritance(answered, *ledger.left(), opens)
 
-    def _was_done(self, last: Intent) -> bool:
-        table = self._table
-        if last.kind in (Kind.RENAME, Kind.EXCHANGE):
-            return last.applied
+    # The last change: decided, and but for links written down, before any node is made.
+
+    def _happened(self, last: Intent, records: list[Record]) -> bool:
+        """Whether the upper is as the change was to make it; of an extended attribute that is not known."""
         if last.kind is Kind.XATTR:
             return True
-        try:
-            parent = self._patience.get(lambda: table.directory(last.parent))
-            there = self._patience.get(lambda: self._resolver.find(parent, last.name)) is not None
-        except OSError:
-            return False  # the directory is gone: so is who asked
-        if there is (last.kind is Kind.GONE):
-            return False
-        if last.kind is Kind.GONE:
-            table.unname(parent, last.name)
-            if last.lower and table.ledger.has(last.record):
-                table.ledger.flag(last.record, Flag.LOWER)
-        elif last.kind is Kind.LINK and child(parent, last.name) is None:
-            self._link(parent, last)
-        table.ledger.done()
-        return True
-
-    def _link(self, parent: DirNode, last: Intent) -> None:
-        """The node that got a further name has it, and who looks up either finds the one node."""
-        with contextlib.suppress(OSError):  # forgotten since
-            node, st = self._found(last.record)
-            self._table.know_inode((st.st_dev, st.st_ino), node)
-            self._table.alias(node, parent, last.name)
-
-    # Renames: decided and redone before any node is made.
-
-    def _moved(self, last: Intent, records: list[Record]) -> bool:
-        """Whether what was to move, if anything was, is where it was to be."""
-        if last.kind not in (Kind.RENAME, Kind.EXCHANGE):
-            return False
-        path = _path(last.new_parent, {record.nodeid: record for record in records})
+        moves = last.kind in (Kind.RENAME, Kind.EXCHANGE)
+        path = _path(last.new_parent if moves else last.parent, {record.nodeid: record for record in records})
         upper = self._resolver.stack.upper
         if path is None or upper is None:
-            return False
+            return False  # the directory is gone: so is who asked
         try:
             with _descend(upper.root.fd, path) as fd:
-                st = stat_or_none(fd.fd, last.new_name)
+                return _moved(last, fd.fd) if moves else _made_or_gone(last, fd.fd)
         except (FileNotFoundError, NotADirectoryError):
             return False
-        return st is not None and st.st_ino == last.ino
 
-    def _move(self, last: Intent) -> None:
+    def _apply(self, last: Intent, records: list[Record]) -> None:
+        """See that the records of names say what happened, of which some may already."""
+        places = {record.nodeid: (record.parent, record.name) for record in records}
+        if last.kind is Kind.GONE:
+            self._lost(last.record, (last.parent, last.name), last, places)
+        elif last.kind is Kind.RENAME:
+            self._lost(last.other, (last.new_parent, last.new_name), last, places)
+        elif last.kind is Kind.EXCHANGE and last.other in places:
+            self._table.ledger.place(last.other, last.parent, last.name)
+        if last.new_name and last.record in places:
+            self._table.ledger.place(last.record, last.new_parent, last.new_name)
+
+    def _lost(self, record: int, place: tuple[int, bytes], last: Intent, places: dict[int, tuple[int, bytes]]) -> None:
+        """What `record` is has lost the name `place`; a node that has others goes by one of them when it wakes."""
         ledger = self._table.ledger
-        if last.other and ledger.has(last.other):
-            if last.kind is Kind.EXCHANGE:
-                ledger.place(last.other, last.parent, last.name)
-            elif ledger.flags(last.other) & Flag.ALIAS:
-                ledger.drop(last.other)
-            else:
-                ledger.flag(last.other, Flag.UNLINKED | Flag.LOWER if last.lower else Flag.UNLINKED)
-        if last.record and ledger.has(last.record):
-            ledger.place(last.record, last.new_parent, last.new_name)
+        if places.get(record) != place:
+            return
+        if ledger.flags(record) & Flag.ALIAS:
+            ledger.drop(record)
+        else:
+            ledger.flag(record, Flag.UNLINKED | Flag.LOWER if last.lower else Flag.UNLINKED)
+
+    def _link(self, last: Intent) -> None:
+        """The node that got a further name has it, and who looks up either finds the one node."""
+        with contextlib.suppress(OSError):  # forgotten since
+            parent = self._patience.get(lambda: self._table.directory(last.parent))
+            if child(parent, last.name) is None:
+                node, st = self._found(last.record)
+                self._table.know_inode((st.st_dev, st.st_ino), node)
+                self._table.alias(node, parent, last.name)
 
     # Nodes.
 
@@ -206,6 +201,20 @@ class Heir:
             hit = self._resolver.find_lower(parent, node.name)
             if hit is not None and isinstance(node, DirNode) is stat.S_ISDIR(hit.st.st_mode):
                 node.entry = Entry(False, hit.entry.lowers, name=hit.entry.name)
+
+
+def _moved(last: Intent, dirfd: int) -> bool:
+    st = stat_or_none(dirfd, last.new_name)
+    return st is not None and st.st_ino == last.ino
+
+
+def _made_or_gone(last: Intent, dirfd: int) -> bool:
+    st = stat_or_none(dirfd, last.name)
+    marked = st is not None and is_whiteout(dirfd, last.name, st, xwhiteouts=read_marks(dirfd).xwhiteouts)
+    if st is not None and not marked:
+        return last.kind is not Kind.GONE
+    hidden = marked or not last.lower or exists(dirfd, fmt.wh_name(last.name))
+    return last.kind is Kind.GONE and hidden
 
 
 def _answer(last: Intent) -> Answered:

@@ -287,8 +287,8 @@ class NodeTable:
             self.ledger.drop(alias)
         else:
             node.unlinked = True
-            in_lower = not (node.entry.upper or node.entry.asleep)
-            self.ledger.flag(node.nodeid, Flag.UNLINKED | Flag.LOWER if in_lower else Flag.UNLINKED)
+            flag = Flag.UNLINKED | Flag.LOWER if node.entry.in_lowers else Flag.UNLINKED
+            self.ledger.flag(node.nodeid, flag)
 
     def record_of(self, parent: DirNode, name: bytes) -> int:
         """The record of the ledger that says that `name` in `parent` is what it is; 0 when no node has the name."""
@@ -401,6 +401,10 @@ class NodeTable:
 
     def _restore_name(self, record: Record) -> None:
         parent, node = self._nodes.get(record.parent), self._nodes[record.nodeid]
+        if not isinstance(parent, DirNode) and node.unlinked:
+            # Its last name was not the one it is used by, so that the kernel could forget where it was.
+            parent = self.root
+            self.ledger.place(record.nodeid, ROOT_ID, b"", Flag.UNLINKED)
         if not isinstance(parent, DirNode):
             # Its parent was let go of: so was it, a moment before the end.
             del self._nodes[record.nodeid]

@@ -242,12 +242,11 @@ class Ledger:
         """How many the kernel has not taken back."""
         return self._words[_HEAD // 8 + ((nodeid & _SLOT) << 3) + 4]
 
-    def put_down(self) -> tuple[int, list[int]]:
-        """The request that was in hand last, if any, and what was counted for it; from now on there is none."""
+    def left(self) -> tuple[int, list[int]]:
+        """The request that was in hand last, if any, and what was counted for it; it is so until another is begun."""
         words = self._words
-        hand, counted = words[_W_HAND], list(words[_LOG : _LOG + words[_W_COUNTED]])
-        self._counted = words[_W_COUNTED] = words[_W_HAND] = 0
-        return hand, counted
+        self._counted = words[_W_COUNTED]
+        return words[_W_HAND], list(words[_LOG : _LOG + self._counted])
 
     # What is about to be published.
 

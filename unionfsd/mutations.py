@@ -229,7 +229,7 @@ class Mutations:
         self._places.after_counting(hit.entry)
 
     def _intend_gone(self, parent: DirNode, name: bytes, hit: Hit) -> None:
-        record, lower = self._table.record_of(parent, name), not hit.entry.upper
+        record, lower = self._table.record_of(parent, name), hit.entry.in_lowers
         self._table.ledger.intend(Kind.GONE, parent.nodeid, name, record=record, lower=lower)
 
     def _remove_upper(self, place: Place, below: bool) -> None:

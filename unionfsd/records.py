@@ -18,7 +18,7 @@ class Flag(enum.IntFlag):
     LINKED = 8
     """The node may have further names that nobody has looked up."""
     LOWER = 16
-    """It was only in a lower when it lost its last name."""
+    """It is found by its name in the lowers: a file that was only there when it lost its last name, or a directory."""
     OPENS = 32
     """No node, but what the kernel has open of one, its `parent`; see `tally`."""
 
@@ -49,8 +49,8 @@ class Intent(NamedTuple):
     """The last change that was about to be published, for the request `unique`.
 
     `record` and `other` are the records of the names that it moves or removes, 0 where the kernel knows none. `ino`:
-    inode number in the upper of what moves. `lower`: what goes is only in a lower. `applied`: the records say what it
-    did.
+    inode number in the upper of what moves. `lower`: what goes is found by its name in the lowers still. `applied`: the
+    records say what it did.
     """
 
     unique: int

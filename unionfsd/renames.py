@@ -130,7 +130,7 @@ class Renames:
             new_parent=there.parent.nodeid,
             new_name=there.name,
             ino=source.st.st_ino,
-            lower=target is not None and not target.entry.upper,
+            lower=target is not None and target.entry.in_lowers,
         )
 
     def _prepare(self, here: Place, there: Place, hit: Hit) -> None:

@@ -82,10 +82,11 @@ def test_what_was_counted_for_a_request_is_known_until_the_next() -> None:
     ledger.count(a)
     successor = again(ledger)
     assert successor.hand == 12
-    assert [successor.put_down(), successor.put_down()] == [(12, [b, a]), (0, [])]
+    assert [successor.left(), successor.left()] == [(12, [b, a])] * 2
+    assert again(successor).left() == (12, [b, a])
     assert [successor.lookups(a), successor.lookups(b)] == [2, 1]
     successor.begin(14)
-    assert again(successor).put_down() == (14, [])
+    assert again(successor).left() == (14, [])
     successor.close()
     ledger.close()
 

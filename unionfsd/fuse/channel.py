@@ -460,11 +460,14 @@ class Channel:
         if self._files.passthrough is not None:
             self._files.passthrough.restore(inherited.opens)
         self._resent = Resent(self._exchange, inherited, refused)
-        begun = [inherited.hand, *self._ledger.under_way()]
-        if not notify.resend(self._fd):
-            for unique in filter(None, begun):  # the mount goes on; who waits for one of these learns that it failed
-                self._write([wire.error(unique, errno.EIO)])
+        begun = filter(None, (inherited.hand, *self._ledger.under_way()))
+        resends = notify.resend(self._fd)
+        for unique in () if resends else begun:  # the mount goes on, who waits for one of these learns that it failed
+            self._write([wire.error(unique, errno.EIO)])
         self._started()
+        if resends:
+            os.set_blocking(self._fd, False)
+            self._resent.take_up(self._fd, self._reply, self._again)
 
     def _apply(self, session: negotiate.Session) -> None:
         self._holds = InitFlag.HAS_RESEND not in session.flags

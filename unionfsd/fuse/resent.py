@@ -5,16 +5,19 @@ Rules of this file (linux/fuse.h, FUSE_NOTIFY_RESEND; the rules of handlers are 
 - What was carried out, and would answer otherwise a second time, is answered from what is known of it.
 - Everything else is done again: it comes to the same.
 - A request that ended one process after the other is not tried once more.
+- They are taken up before any other, those first of which something is known: what another one does takes the place of
+  that, and the process may be killed again.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 
 from unionfsd.fuse import wire
 from unionfsd.fuse.abi import FUSE_UNIQUE_RESEND, Opcode
-from unionfsd.fuse.exchange import Exchange, Handler, Payload
+from unionfsd.fuse.exchange import Exchange, Handler, Header, Payload
 from unionfsd.ledger import Kind
 from unionfsd.logger import get_logger
 from unionfsd.typed import TYPE_CHECKING, Final
@@ -28,6 +31,7 @@ log = get_logger(__name__)
 _BODY: Final = wire.BODY
 _ONCE: Final = frozenset((errno.EEXIST, errno.ENODATA))
 """What an extended attribute is refused with that was made, or removed, already."""
+_BETWEEN: Final = frozenset((Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT))
 _OPENING: Final = frozenset((Opcode.OPEN, Opcode.CREATE, Opcode.TMPFILE))
 
 
@@ -46,6 +50,49 @@ class Resent:
         self._counted = inherited.counted
         self._refused = refused
 
+    def take_up(self, fd: int, reply: Callable[[int, Payload], None], again: Callable[[bytes], None]) -> None:
+        """Answer what is sent again before anything else is begun: by `reply`, or by `again` from its request."""
+        for request in self._requests(fd):
+            header = wire.IN_HEADER.unpack_from(request)
+            if self._is_done(header):
+                reply(header[2], b"")  # as long as nothing is begun, the ledger knows that it is done
+            else:
+                again(request)
+
+    def _requests(self, fd: int) -> list[bytes]:
+        """What is sent again, in the order in which it is to be taken up, and then what was read before that was all.
+
+        The kernel has it at the head of its queue (fuse_resend), but for FORGET and INTERRUPT.
+        """
+        again: list[bytes] = []
+        others: list[bytes] = []
+        buffer = self._exchange.inbox
+        while not others or wire.IN_HEADER.unpack_from(others[-1])[1] in _BETWEEN:
+            try:
+                received = os.readv(fd, buffer.vector)
+            except OSError as error:
+                if error.errno in (errno.ENOENT, errno.EINTR):
+                    continue
+                break  # nothing more; what else it may be the channel meets again
+            if received < wire.BODY:
+                break
+            request = buffer.map[:received]
+            (others if wire.IN_HEADER.unpack_from(request)[2] < FUSE_UNIQUE_RESEND else again).append(request)
+        return sorted(again, key=self._rank) + others
+
+    def _rank(self, request: bytes) -> int:
+        header = wire.IN_HEADER.unpack_from(request)
+        if self._is_done(header):
+            return 0
+        unique = plain(header[2])
+        if self._answered is not None and unique == plain(self._answered.unique):
+            return 1
+        return 2 if unique == self._hand else 3
+
+    def _is_done(self, header: Header) -> bool:
+        """Whether a request was carried out that has no answer but that it was."""
+        return header[1] == Opcode.RELEASE and plain(header[2]) == self._hand and bool(self._counted)
+
     def answer(self, handler: Handler, passthrough: Passthrough | None, nodeid: int, end: int) -> Payload | None:
         """As `handler`, of a request that is sent again."""
         opcode, unique = self._exchange.header[1], plain(self._exchange.header[2])
@@ -54,8 +101,6 @@ class Resent:
             raise OSError(errno.EIO, "not tried again")
         if unique == self._hand and self._counted:
             counted, self._counted = self._counted, []
-            if opcode == Opcode.RELEASE:
-                return b""
             self._uncount(counted, passthrough)
         answered = self._answered
         if answered is not None and unique == plain(answered.unique):
