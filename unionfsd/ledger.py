@@ -319,10 +319,11 @@ class Ledger:
 
     def under_way(self) -> list[int]:
         """The uniques of requests that were begun and perhaps not answered; forgotten by this."""
-        found = [unique for unique in self._words[_HELD : _HELD + _HELD_MAX] if unique]
-        for place in range(_HELD_MAX):
-            self._words[_HELD + place] = 0
-        return found
+        words = self._words
+        held = [(at, words[at]) for at in range(_HELD, _HELD + _HELD_MAX) if words[at]]
+        for at, _ in held:
+            words[at] = 0
+        return [unique for _, unique in held]
 
     # Between the keeper and who serves.
 

@@ -25,9 +25,9 @@ from typing import Any, NamedTuple, Self
 
 from tests.union.seam import CRASHED
 from tests.union.stack import Stack
-from unionfsd import copyup, syscalls
+from unionfsd import filling, syscalls
 from unionfsd.filling import Filling
-from unionfsd.fuse import abi, passthrough, wire
+from unionfsd.fuse import abi, notify, passthrough, wire
 from unionfsd.fuse.abi import FUSE_UNIQUE_RESEND, InitFlag, Opcode
 from unionfsd.fuse.channel import Channel
 from unionfsd.ledger import Flag, Ledger, Record
@@ -44,6 +44,21 @@ Path = tuple[bytes, ...]
 class Reply(NamedTuple):
     error: int
     payload: bytes
+
+
+_resend = notify.resend
+
+
+def _not_cached(fd: int, buffer: memoryview) -> bool:
+    return False
+
+
+def _cached(fd: int, buffer: memoryview) -> bool:
+    return os.preadv(fd, [buffer], 0) == len(buffer)
+
+
+def _for_ever(*_: object, **__: object) -> None:
+    os.read(os.pipe()[0], 1)
 
 
 class _Words:
@@ -75,6 +90,7 @@ class Machine:
         self.stack = stack
         self.union = stack.union(io="passthrough" if passthrough else "cached", **options)
         self.near, self.far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._there, self._told = socket.socketpair()
         for end in (self.near, self.far):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         self.dooms: list[int] = []
@@ -126,16 +142,22 @@ class Machine:
         for name in syscalls.MUTATING:
             setattr(syscalls, name, self._between(getattr(syscalls, name)))
         os.writev = self._between(os.writev)
-        if self._hangs and not self.lives:
-            copyup._INLINE = 0  # type: ignore[misc]
-            Filling.run = lambda *_, **__: os.read(os.pipe()[0], 1)  # type: ignore[assignment, method-assign]
+        if self._hangs:
+            filling._read_cached = _cached if self.lives else _not_cached
+            Filling.run = _for_ever  # type: ignore[assignment, method-assign]
         passthrough.backing_open = lambda *_: 1
         passthrough.backing_close = lambda *_: None
+        notify.resend = self._resend
         serving = Channel(self.union, self.near.fileno(), self.union.config, lambda: None)
         if self.lives:
             serving.resume(self.union.resume())
         while not serving.gone:
             serving.begin(patience=60)
+
+    def _resend(self, fd: int) -> bool:
+        """All is there again when the kernel's call returns."""
+        _resend(fd)
+        return bool(self._there.recv(1))
 
     def _between(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -205,6 +227,7 @@ class Machine:
                 self.far.send(wire.IN_HEADER.pack(*header) + request[wire.BODY :])
         for request in unread:
             self.far.send(request)
+        self._told.send(b"!")
 
     def settle(self) -> None:
         """Wait until whoever serves has read everything."""
@@ -300,8 +323,8 @@ class Machine:
         if self._pid:
             os.kill(self._pid, signal.SIGKILL)
             self._bury()
-        self.near.close()
-        self.far.close()
+        for end in (self.near, self.far, self._there, self._told):
+            end.close()
         self._doom.release()
         self._left.close()
         self.union.close()

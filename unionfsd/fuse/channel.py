@@ -466,7 +466,6 @@ class Channel:
             self._write([wire.error(unique, errno.EIO)])
         self._started()
         if resends:
-            os.set_blocking(self._fd, False)
             self._resent.take_up(self._fd, self._reply, self._again)
 
     def _apply(self, session: negotiate.Session) -> None:

@@ -52,6 +52,7 @@ class Resent:
 
     def take_up(self, fd: int, reply: Callable[[int, Payload], None], again: Callable[[bytes], None]) -> None:
         """Answer what is sent again before anything else is begun: by `reply`, or by `again` from its request."""
+        os.set_blocking(fd, False)
         for request in self._requests(fd):
             header = wire.IN_HEADER.unpack_from(request)
             if self._is_done(header):
