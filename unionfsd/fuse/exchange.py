@@ -49,9 +49,9 @@ class Buffer:
     __slots__ = ("map", "vector", "view")
 
     def __init__(self, *, ready: bool = False) -> None:
-        self.map = mmap.mmap(-1, MAX_WRITE + _ROOM)
-        for at in range(0, len(self.map) if ready else 0, mmap.PAGESIZE):
-            self.map[at] = 0
+        there = mmap.MAP_POPULATE if ready else 0  # one call takes a third of the time that 257 faults do
+        self.map = mmap.mmap(-1, MAX_WRITE + _ROOM, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | there)
+        self.map.madvise(mmap.MADV_DONTFORK)  # a page that a child shares is to be made, too, when it is written to
         self.view = memoryview(self.map)
         self.vector = [self.map]
 
