@@ -42,7 +42,7 @@ __all__ = ["ROOT_ID", "Flag", "Intent", "Kind", "Ledger", "Record"]
 
 ROOT_ID: Final = 1
 
-_VERSION: Final = 1
+_VERSION: Final = 2
 _MAGIC: Final = int.from_bytes(b"unionfs" + bytes([_VERSION]), "little")
 _BITS: Final = 26
 _SLOT: Final = (1 << _BITS) - 1
@@ -79,6 +79,9 @@ _WORD: Final = Struct("=Q")
 
 _INTENT_AT: Final = 512
 _INTENT: Final = Struct("=QQQQQQQHHH")
+_INTENT_ROOM: Final = 704
+_SECOND: Final = 4
+"""Of the phase: the intent is in the second of two places. So the last one holds until the next is whole."""
 _SESSION_AT: Final = 2048
 _HELD: Final = 4096 // 8
 _HELD_MAX: Final = 1024
@@ -265,31 +268,32 @@ class Ledger:
     ) -> None:
         """The next call that changes the view does what the fields of `Intent` say, for the request in hand."""
         words = self._words
-        words[_W_PHASE] = 0
+        second = ~words[_W_PHASE] & _SECOND
+        at = _INTENT_AT + (_INTENT_ROOM if second else 0)
         sizes = len(name), len(new_name)
         unique = words[_W_HAND]
-        _INTENT.pack_into(self._map, _INTENT_AT, unique, kind, record, other, parent, new_parent, ino, lower, *sizes)
-        at = _INTENT_AT + _INTENT.size
+        _INTENT.pack_into(self._map, at, unique, kind, record, other, parent, new_parent, ino, lower, *sizes)
+        at += _INTENT.size
         self._bytes[at : at + sizes[0]] = name
         self._bytes[at + _NAME_MAX : at + _NAME_MAX + sizes[1]] = new_name
-        words[_W_PHASE] = 1
+        words[_W_PHASE] = second | 1
 
     def done(self) -> None:
         """It was done, and the records say so."""
-        self._words[_W_PHASE] = 2
+        words = self._words
+        words[_W_PHASE] = words[_W_PHASE] & _SECOND | 2
 
     def intent(self) -> Intent | None:
         """The last one; whether it was carried out is to be seen on the disk, if not `applied`."""
         phase = self._words[_W_PHASE]
         if not phase:
             return None
-        unique, kind, record, other, parent, new_parent, ino, lower, size, new_size = _INTENT.unpack_from(
-            self._map, _INTENT_AT
-        )
-        at = _INTENT_AT + _INTENT.size
+        at = _INTENT_AT + (_INTENT_ROOM if phase & _SECOND else 0)
+        unique, kind, record, other, parent, new_parent, ino, lower, size, new_size = _INTENT.unpack_from(self._map, at)
+        at += _INTENT.size
         name, new_name = self._map[at : at + size], self._map[at + _NAME_MAX : at + _NAME_MAX + new_size]
         which = Kind(kind), record, other, parent, new_parent, ino
-        return Intent(unique, *which, name, new_name, bool(lower), phase == 2)
+        return Intent(unique, *which, name, new_name, bool(lower), phase & ~_SECOND == 2)
 
     # The connection.
 

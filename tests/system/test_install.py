@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import pty
+import select
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -172,3 +175,39 @@ def test_fish_completes(prefix: Path) -> None:
 @pytest.mark.parametrize("name", ["_unionfsd", "_unionfsctl"])
 def test_zsh_understands_its_files(name: str, prefix: Path) -> None:
     run("zsh", "--no-rcs", "-n", prefix / "share" / "zsh" / "site-functions" / name)
+
+
+def zsh(prefix: Path, line: str) -> str:
+    """What a zsh on a terminal shows once Tab was pressed twice behind `line`."""
+    functions = prefix / "share" / "zsh" / "site-functions"
+    pid, terminal = pty.fork()
+    if not pid:
+        os.execvpe("zsh", ["zsh", "--no-rcs", "-i"], os.environ | {"TERM": "dumb"})
+    try:
+        os.write(
+            terminal, f"fpath=({functions} $fpath); autoload -Uz compinit; compinit -u -D; echo rea''dy\n".encode()
+        )
+        _shown(terminal, "ready")
+        os.write(terminal, f"{line}\t\t".encode())
+        return _shown(terminal, None)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(terminal)
+
+
+def _shown(terminal: int, until: str | None) -> str:
+    """What is shown until it has `until`, or nothing more is for a second."""
+    shown = ""
+    while until is None or until not in shown:
+        if not select.select([terminal], [], [], 1 if until is None else 20)[0]:
+            break
+        shown += os.read(terminal, 1 << 16).decode(errors="replace")
+    return shown
+
+
+def test_zsh_completes_on_a_terminal(prefix: Path) -> None:
+    shown = zsh(prefix, "unionfsctl stat")
+    assert "what a mount did" in shown
+    assert "status" in shown
+    assert "lowerdir=" in zsh(prefix, "unionfsd -o low")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import fcntl
+import gc
 import logging
 import mmap
 import os
@@ -19,7 +20,7 @@ import stat
 import termios
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from typing import Any, NamedTuple, Self
 
@@ -59,6 +60,14 @@ def _cached(fd: int, buffer: memoryview) -> bool:
 
 def _for_ever(*_: object, **__: object) -> None:
     os.read(os.pipe()[0], 1)
+
+
+def _seen(attributes: Reply, content: Reply) -> tuple[object, ...]:
+    if attributes.error:
+        return ("errno", attributes.error)
+    # Of struct fuse_attr: ino, size, blocks, three times, their ns, mode, nlink.
+    _, _, _, size, *_, mode, links = wire.ATTR_OUT.unpack(attributes.payload)[:13]
+    return (oct(mode), links, size, content.error, content.payload) if stat.S_ISREG(mode) else (oct(mode), links)
 
 
 class _Words:
@@ -136,6 +145,7 @@ class Machine:
 
     def _live(self) -> None:
         logging.getLogger("unionfsd").addHandler(logging.FileHandler(os.fsdecode(self.log), delay=True))
+        gc.disable()
         self.far.close()
         ledger = self.union.ledger
         ledger._words = _Words(ledger._words, self._point)  # type: ignore[assignment]
@@ -147,7 +157,7 @@ class Machine:
             Filling.run = _for_ever  # type: ignore[assignment, method-assign]
         passthrough.backing_open = lambda *_: 1
         passthrough.backing_close = lambda *_: None
-        notify.resend = self._resend
+        notify.resend = self._resend  # type: ignore[assignment]
         serving = Channel(self.union, self.near.fileno(), self.union.config, lambda: None)
         if self.lives:
             serving.resume(self.union.resume())
@@ -249,15 +259,12 @@ class Machine:
         self._doom[0] = 0
         return left
 
-    def look(self, path: Path) -> int:
-        """The nodeid of `path`, looked up as often as it is asked for; what is above it only if it is not known."""
-        parent = self.nodes[path[:-1]] if path[:-1] in self.nodes else self.look(path[:-1])
-        reply = self.call(Opcode.LOOKUP, path[-1] + b"\0", nodeid=parent)
-        assert not reply.error
-        nodeid = self.entered(reply)
-        assert nodeid, path
-        self.nodes[path] = nodeid
-        return nodeid
+    def know(self, paths: Iterable[Path]) -> None:
+        """Look up `paths`, whose parents are known."""
+        asked = {path: self.send(Opcode.LOOKUP, path[-1] + b"\0", nodeid=self.nodes[path[:-1]]) for path in paths}
+        for path, unique in asked.items():
+            self.nodes[path] = self.entered(self.receive(unique))
+            assert self.nodes[path], path
 
     def entered(self, reply: Reply) -> int:
         """The nodeid of an ENTRY_OUT, whose lookup the kernel has counted; 0 for none."""
@@ -273,18 +280,11 @@ class Machine:
         count = self.lookups.pop(nodeid)
         self.send(Opcode.FORGET, wire.FORGET_IN.pack(count), nodeid=nodeid, again=False)
 
-    def seen(self, nodeid: int) -> tuple[object, ...]:
-        """What the kernel is told of a node: type, links, size and content; or the errno."""
-        reply = self.call(Opcode.GETATTR, wire.GETATTR_IN.pack(0, 0), nodeid=nodeid)
-        if reply.error:
-            return ("errno", reply.error)
-        attr = wire.ATTR_OUT.unpack(reply.payload)
-        # struct fuse_attr: ino, size, blocks, three times, their ns, mode, nlink
-        size, mode, links = attr[3], attr[11], attr[12]
-        if not stat.S_ISREG(mode):
-            return (oct(mode), links)
-        content = self.call(Opcode.READ, wire.READ_IN.pack(0, 0, _READ, 0, 0, 0), nodeid=nodeid)
-        return (oct(mode), links, size, content.error, bytes(content.payload))
+    def seen(self, nodeids: Iterable[int]) -> dict[int, tuple[object, ...]]:
+        """What the kernel is told of nodes: type, links, and of files the size and the content; or the errno."""
+        asked = {each: self.send(Opcode.GETATTR, wire.GETATTR_IN.pack(0, 0), nodeid=each) for each in nodeids}
+        read = {each: self.send(Opcode.READ, wire.READ_IN.pack(0, 0, _READ, 0, 0, 0), nodeid=each) for each in asked}
+        return {each: _seen(self.receive(asked[each]), self.receive(read[each])) for each in asked}
 
     def forget_all(self) -> None:
         """The kernel forgets everything."""
