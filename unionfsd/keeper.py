@@ -11,7 +11,8 @@ Rules of this file:
 - A request that was in hand at `BLAMED` deaths in a row, each soon after the last, is not tried again. A successor that
   dies before it can answer is a strike. The next one waits longer each time; after `STRIKES` in a row the mount answers
   errors, but it answers.
-- A server that leaves requests waiting for `HUNG` seconds is treated as one that died, its stacks in the log first.
+- A server that is at one request for `HUNG` seconds, or leaves others waiting so long, is treated as one that died, its
+  stacks in the log first.
 """
 
 from __future__ import annotations
@@ -214,7 +215,8 @@ class Keeper:
                 while messages is not None and _pass_on(messages):
                     pass
                 return os.waitstatus_to_exitcode(status)
-            if hand != self._ledger.hand or not self._ready() & select.POLLIN or _is_stopped(pid):
+            idle = self._ledger.rests and not self._ready() & select.POLLIN
+            if hand != self._ledger.hand or idle or _is_stopped(pid):
                 hand, since = self._ledger.hand, monotonic()
             elif monotonic() - since > HUNG:
                 self._end_hung(pid)
@@ -240,7 +242,7 @@ class Keeper:
         os.kill(pid, signal.SIGQUIT)
         sleep(_MOMENT)
         stacks = os.pread(self._stacks, 1 << 20, 0).decode(errors="replace").strip() or "(it tells nothing)"
-        log.error("requests wait, and for %.0f s none was answered. What the process was doing:\n%s", HUNG, stacks)
+        log.error("for %.0f s no request was answered. What the process was doing:\n%s", HUNG, stacks)
         os.kill(pid, signal.SIGKILL)
 
     # The end.

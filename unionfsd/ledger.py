@@ -75,6 +75,7 @@ _W_UP: Final = 8
 _W_SLOTS: Final = 9
 _W_SIGNALS: Final = 10
 _W_SERVING: Final = 11
+_W_RESTS: Final = 12
 _WORD: Final = Struct("=Q")
 
 _INTENT_AT: Final = 512
@@ -210,9 +211,20 @@ class Ledger:
 
     def begin(self, unique: int) -> None:
         """From now on the request `unique` is in hand: what is counted, is counted for it."""
+        words = self._words
         if self._counted:
-            self._counted = self._words[_W_COUNTED] = 0
-        self._words[_W_HAND] = unique
+            self._counted = words[_W_COUNTED] = 0
+        words[_W_HAND] = unique
+        words[_W_RESTS] = 0
+
+    def rest(self) -> None:
+        """Until the next `begin` nothing is in hand."""
+        self._words[_W_RESTS] = 1
+
+    @property
+    def rests(self) -> bool:
+        """Whether who serves waits for a request."""
+        return bool(self._words[_W_RESTS])
 
     @property
     def hand(self) -> int:

@@ -98,6 +98,7 @@ class Serving:
         transport = self._transport()
         self._say()
         if transport is None:
+            self._union.ledger.rest()  # what is left to do may take its time
             try:
                 steps.run(self._union.shutdown())
             except OSError as error:
@@ -211,6 +212,7 @@ class Serving:
             nursery.cancel_scope.cancel()
         if self._makes_room is not None:
             os._exit(self._makes_room)  # all is somebody else's now: nothing is to be closed, synced or taken away
+        self._union.ledger.rest()
         try:
             await drive(self._union.shutdown())
         except OSError as error:

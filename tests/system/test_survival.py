@@ -382,12 +382,15 @@ def test_a_crash_loop_ends_in_errors_and_not_in_silence(layers: Layers) -> None:
     daemon._call_off()
 
 
+@pytest.mark.parametrize("others", [True, False])
 @pytest.mark.parametrize("how", ["spin", "wait"])
-def test_a_process_that_hangs_is_replaced(how: str, layers: Layers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_hangs_is_replaced(
+    how: str, others: bool, layers: Layers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whether it computes for ever or waits for something; until then `ps` calls it hung. The log has its stacks."""
     monkeypatch.setenv("HUNG", "8")
     policy = survivor()
-    policy.expect("requests wait, and for 8 s none was answered. What the process was doing:")
+    policy.expect("for 8 s no request was answered. What the process was doing:")
     policy.expect(r"most recent call first")
     policy.expect(r'  File ".*doomed.py", line \d+ in wrapped')
     policy.expect(r'^(  File ".*", line \d+ in .*)?$')
@@ -396,12 +399,10 @@ def test_a_process_that_hangs_is_replaced(how: str, layers: Layers, monkeypatch:
         before = daemon.pid
         daemon.dooms(f"1 {how}")
         # A process of its own: whoever waits for the mount with this interpreter's lock would keep us waiting, too.
-        with (
-            subprocess.Popen(["mkdir", daemon / "made"]) as user,
-            subprocess.Popen(["stat", "--file-system", daemon.path], stdout=subprocess.DEVNULL) as other,
-        ):
-            wait_for(lambda: state(daemon) == "hung", "it is not called hung")
-            assert (user.wait(60), other.wait(60)) == (0, 0)
+        with subprocess.Popen(["mkdir", daemon / "made"]) as user:
+            if others:
+                wait_for(lambda: state(daemon) == "hung", "it is not called hung")
+            assert user.wait(60) == 0
         assert state(daemon) == "serving"
         assert (status(daemon)["restarts"], daemon.pid != before) == (1, True)
         assert os.listdir(daemon.path) == ["made"]

@@ -134,6 +134,8 @@ class Channel:
         glance = 0.0
         while (busy := self._serve_one()) or (now < calm and not self.gone):
             now = monotonic()
+            if not busy:
+                self._ledger.rest()
             if now > glance or not busy:
                 glance = now + _GLANCE
                 if now > end or wanted():
@@ -222,6 +224,7 @@ class Channel:
             return
         if self._nursery is not None and self._pressure.spare():
             self._nursery.start_soon(self._pressure.give_back)
+        self._ledger.rest()
         start = monotonic()
         if self._deferred:
             await self._sleep(both)
@@ -426,11 +429,8 @@ class Channel:
         """Wait until every operation that is deferred now has ended, but for those that only read."""
         from unionfsd.fuse.driver import opened  # late, like trio
 
-        under_way = [deferred for deferred in self._deferred if deferred.changes]
-        for deferred in under_way:
-            deferred.ended = deferred.ended or Gate()
-        for gate in [deferred.ended for deferred in under_way]:
-            assert gate is not None
+        ended = [deferred.end() for deferred in self._deferred if deferred.changes]
+        for gate in ended:
             await opened(gate)
 
     def resends(self) -> bool:

@@ -82,6 +82,12 @@ class Deferred:
         self.held = held
         self.ended: Gate | None = None
 
+    def end(self) -> Gate:
+        """What opens when it has ended."""
+        if self.ended is None:
+            self.ended = Gate()
+        return self.ended
+
 
 class Exchange:
     """The state of one connection that its handlers share."""
