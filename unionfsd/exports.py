@@ -177,8 +177,14 @@ class Register(Ledger):
     def count(self, nodeid: int) -> None:
         super().count(self._records[nodeid])
 
-    def tally(self, record: int, count: int) -> None:
-        super().tally(self._records[record], count)
+    def tally_open(self, record: int, count: int) -> None:
+        super().tally_open(self._records[record], count)
+
+    def tally_release(self, record: int, count: int) -> None:
+        super().tally_release(self._records[record], count)
+
+    def tally_back(self, record: int, count: int) -> None:
+        super().tally_back(self._records[record], count)
 
     def uncount(self, nodeid: int, count: int) -> None:
         super().uncount(self._records[nodeid], count)

@@ -240,10 +240,27 @@ class Ledger:
             words[_LOG + counted] = nodeid
             self._counted = words[_W_COUNTED] = counted + 1
 
-    def tally(self, record: int, count: int) -> None:
-        """Of a `Flag.OPENS`: what is open now. It counts for the request in hand, as a lookup does."""
+    # Of a `Flag.OPENS`: what is open now. Between two stores it is too many, if anything, and never too few.
+
+    def tally_open(self, record: int, count: int) -> None:
+        """There is one more, which counts for the request in hand as a lookup does."""
+        self._tally(record, count)
+        self._note(record)
+
+    def tally_release(self, record: int, count: int) -> None:
+        """There is one fewer, which the request in hand asked for."""
+        self._note(record)
+        self._tally(record, count)
+
+    def tally_back(self, record: int, count: int) -> None:
+        """There is one fewer: what was counted for a request is taken back."""
+        self._tally(record, count)
+
+    def _tally(self, record: int, count: int) -> None:
+        self._words[_HEAD // 8 + ((record & _SLOT) << 3) + 4] = count
+
+    def _note(self, record: int) -> None:
         words = self._words
-        words[_HEAD // 8 + ((record & _SLOT) << 3) + 4] = count
         words[_LOG + self._counted] = record
         self._counted = words[_W_COUNTED] = self._counted + 1
 

@@ -18,11 +18,12 @@ from collections.abc import Callable
 from unionfsd.fuse import wire
 from unionfsd.fuse.abi import Opcode
 from unionfsd.fuse.negotiate import MAX_WRITE
+from unionfsd.steps import Gate
 from unionfsd.typed import TYPE_CHECKING, Final, TypeAlias, TypeVar
 from unionfsd.union import Caller
 
 if TYPE_CHECKING:
-    from unionfsd.steps import Gate, Op, Step
+    from unionfsd.steps import Op, Step
     from unionfsd.union import Attr, Found, Union
 
 T = TypeVar("T")

@@ -20,6 +20,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from collections.abc import Callable
 from struct import Struct
 
 from unionfsd.fuse import abi, wire
@@ -90,7 +91,7 @@ class Passthrough:
             if opens.writing == 1:
                 self._unsettled.add(nodeid)
                 self._distrust(nodeid)
-        self._ledger.tally(opens.record, opens.writing << 32 | opens.count)
+        self._ledger.tally_open(opens.record, opens.writing << 32 | opens.count)
         return opens.how
 
     def restore(self, records: list[Record]) -> None:
@@ -110,7 +111,7 @@ class Passthrough:
         """An open that was counted in `record` will be asked for again; False when that counts something else."""
         for nodeid, opens in self._opens.items():
             if opens.record == record:
-                self.released(nodeid, flags)
+                self._close(nodeid, flags, self._ledger.tally_back)
                 return True
         return False
 
@@ -135,6 +136,9 @@ class Passthrough:
 
     def released(self, nodeid: int, flags: int) -> None:
         """Count the end of an open with the open(2) `flags`."""
+        self._close(nodeid, flags, self._ledger.tally_release)
+
+    def _close(self, nodeid: int, flags: int, tally: Callable[[int, int], None]) -> None:
         opens = self._opens.get(nodeid)
         if opens is None:
             return
@@ -143,7 +147,7 @@ class Passthrough:
             if not opens.writing:
                 self._unsettled.discard(nodeid)
         opens.count -= 1
-        self._ledger.tally(opens.record, opens.writing << 32 | opens.count)
+        tally(opens.record, opens.writing << 32 | opens.count)
         if not opens.count:
             del self._opens[nodeid]
             self._ledger.drop(opens.record)
