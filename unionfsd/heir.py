@@ -22,7 +22,7 @@ from . import intent, syscalls
 from .entries import UPPER, Asleep, Entry
 from .inodes import DirNode, Node, NodeTable, child
 from .layers import exists, read_marks
-from .ledger import ROOT_ID, Flag, Intent, Kind, Record
+from .ledger import ROOT_ID, Flag, Intent, Kind, Ledger, Record
 from .logger import get_logger
 from .lookup import Resolver
 from .remote import Patience
@@ -78,13 +78,12 @@ class Heir:
         upper = self._resolver.stack.upper
         if self._work is not None and upper is not None:
             intent.recover(self._work, upper.root.fd)
-        records = list(ledger.records())
         last = ledger.intent()
-        happened = last is not None and (last.applied or self._happened(last, records))
+        happened = last is not None and (last.applied or self._happened(last))
         if last is not None and happened and not last.applied and last.kind is not Kind.LINK:
-            self._apply(last, records)
+            self._apply(last)
             ledger.done()
-            records = list(ledger.records())
+        records = list(ledger.records())
         table.restore(records, Asleep(self._wake))
         if self._work is not None:
             self._kept = self._work.take_over({r.nodeid for r in records if r.flags & Flag.UNLINKED})
@@ -98,12 +97,12 @@ class Heir:
 
     # The last change: decided, and but for links written down, before any node is made.
 
-    def _happened(self, last: Intent, records: list[Record]) -> bool:
+    def _happened(self, last: Intent) -> bool:
         """Whether the upper is as the change was to make it; of an extended attribute that is not known."""
         if last.kind is Kind.XATTR:
             return True
         moves = last.kind in (Kind.RENAME, Kind.EXCHANGE)
-        path = _path(last.new_parent if moves else last.parent, {record.nodeid: record for record in records})
+        path = _path(last.new_parent if moves else last.parent, self._table.ledger)
         upper = self._resolver.stack.upper
         if path is None or upper is None:
             return False  # the directory is gone: so is who asked
@@ -113,24 +112,25 @@ class Heir:
         except (FileNotFoundError, NotADirectoryError):
             return False
 
-    def _apply(self, last: Intent, records: list[Record]) -> None:
+    def _apply(self, last: Intent) -> None:
         """See that the records of names say what happened, of which some may already."""
-        places = {record.nodeid: (record.parent, record.name) for record in records}
+        ledger = self._table.ledger
         if last.kind is Kind.GONE:
-            self._lost(last.record, (last.parent, last.name), last, places)
+            self._lost(last.record, (last.parent, last.name), last)
         elif last.kind is Kind.RENAME:
-            self._lost(last.other, (last.new_parent, last.new_name), last, places)
-        elif last.kind is Kind.EXCHANGE and last.other in places:
-            self._table.ledger.place(last.other, last.parent, last.name)
-        if last.new_name and last.record in places:
-            self._table.ledger.place(last.record, last.new_parent, last.new_name)
+            self._lost(last.other, (last.new_parent, last.new_name), last)
+        elif last.kind is Kind.EXCHANGE and ledger.has(last.other):
+            ledger.place(last.other, last.parent, last.name)
+        if last.new_name and ledger.has(last.record):
+            ledger.place(last.record, last.new_parent, last.new_name)
 
-    def _lost(self, record: int, place: tuple[int, bytes], last: Intent, places: dict[int, tuple[int, bytes]]) -> None:
+    def _lost(self, record: int, place: tuple[int, bytes], last: Intent) -> None:
         """What `record` is has lost the name `place`; a node that has others goes by one of them when it wakes."""
         ledger = self._table.ledger
-        if places.get(record) != place:
+        known = ledger.record(record)
+        if known is None or (known.parent, known.name) != place:
             return
-        if ledger.flags(record) & Flag.ALIAS:
+        if known.flags & Flag.ALIAS:
             ledger.drop(record)
         else:
             ledger.flag(record, Flag.UNLINKED | Flag.LOWER if last.lower else Flag.UNLINKED)
@@ -221,13 +221,15 @@ def _answer(last: Intent) -> Answered:
     return Answered(last.unique, last.kind, last.parent, last.name)
 
 
-def _path(nodeid: int, records: dict[int, Record]) -> list[bytes] | None:
+def _path(nodeid: int, ledger: Ledger) -> list[bytes] | None:
     """The names from the root to a directory; None when it has none."""
     names: list[bytes] = []
+    passed: set[int] = set()
     while nodeid != ROOT_ID:
-        record = records.get(nodeid)
-        if record is None or record.flags & Flag.UNLINKED or len(names) > len(records):
+        record = ledger.record(nodeid)
+        if record is None or record.flags & Flag.UNLINKED or nodeid in passed:
             return None
+        passed.add(nodeid)
         names.append(record.name)
         nodeid = record.parent
     return names[::-1]

@@ -164,6 +164,15 @@ class Ledger:
         """Whether there is such a record still."""
         return record != 0 and self._words[self._at(record)] == record
 
+    def record(self, record: int) -> Record | None:
+        """What a record says; None when there is no such record."""
+        if not self.has(record):
+            return None
+        _, parent, ino, third, lookups, name = _WORDS.unpack_from(self._bytes, _HEAD + (record & _SLOT) * _RECORD)
+        cell = third & 0xFFFF_FFFF
+        parent, name = self._read_cell(cell) if cell else (parent, name[: third >> 48])
+        return Record(record, parent, name, ino, lookups, third >> 32 & 0xFFFF)
+
     def flags(self, record: int) -> int:
         """The flags of a record."""
         return self._words[self._at(record) + 3] >> 32 & 0xFFFF

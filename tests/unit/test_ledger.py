@@ -50,7 +50,7 @@ def test_a_successor_reads_what_was_stored(steps: list[tuple[str, bytes, int]]) 
                 ledger.flag(chosen, Flag.LINKED)
                 known[chosen] = known[chosen]._replace(flags=known[chosen].flags | Flag.LINKED)
         successor = again(ledger)
-        assert by_id(successor) == known
+        assert by_id(successor) == known == {nodeid: successor.record(nodeid) for nodeid in known}
         for nodeid in known:
             successor.drop(nodeid)
         fresh = [successor.add(ROOT_ID, b"x" * 30, 1) for _ in range(len(steps) + 1)]
