@@ -61,7 +61,10 @@ def _take_over(config: MountConfig, left: Estate, *, foreground: bool) -> int:
     """Go on with a mount that is served; UserError, and it goes on as it is, when this program cannot."""
     from unionfsd.ledger import Ledger
 
-    Ledger.adopt(syscalls.Fd(os.dup(left.ledger))).close()
+    try:
+        Ledger.adopt(syscalls.Fd(os.dup(left.ledger))).close()
+    except OSError as error:
+        raise estate.refused(errors.reason(error)) from None
     if left.trial:
         estate.stack_of(left, config)
         return errors.OK

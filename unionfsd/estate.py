@@ -87,7 +87,7 @@ def left() -> Estate | None:
         for fd in estate.fds:
             os.set_inheritable(fd, False)
     except (OSError, TypeError) as error:
-        raise _refused(str(error)) from None
+        raise refused(str(error)) from None
     return estate
 
 
@@ -110,10 +110,11 @@ def loads(text: str) -> Estate:
             values[name] = tuple(values[name])
         return Estate(**values)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise _refused(str(error)) from None
+        raise refused(str(error)) from None
 
 
-def _refused(why: str) -> UserError:
+def refused(why: str) -> UserError:
+    """What is left cannot be read by this program, which is of another version."""
     hint = "unmount it, then mount it with this version"
     return UserError(f"the running mount cannot be taken over: {why}", hint=hint, code=INTERNAL)
 

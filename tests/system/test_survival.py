@@ -509,6 +509,26 @@ def test_a_program_that_cannot_take_over_is_refused(layers: Layers) -> None:
         (daemon / "file").write_text("served as ever")
 
 
+def test_what_another_version_wrote_down_is_not_taken_over(layers: Layers) -> None:
+    with Daemon(layers) as daemon:
+        fds = Path(f"/proc/{daemon.keeper}/fd")
+        ledger = next(fd for fd in fds.iterdir() if os.readlink(fd).startswith("/memfd:unionfsd "))
+        with ledger.open("r+b", buffering=0) as memory:
+            version = os.pread(memory.fileno(), 1, 7)
+            os.pwrite(memory.fileno(), b"\xff", 7)
+            done = subprocess.run(
+                [sys.executable, "-m", "unionfsd.ctl", "reexec", str(daemon.path)],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            os.pwrite(memory.fileno(), version, 7)
+        assert done.returncode == 1
+        assert "the running mount cannot be taken over: what the kernel was told is written down in" in done.stderr
+        assert "Traceback" not in done.stderr
+        (daemon / "file").write_text("served as ever")
+
+
 def test_without_a_keeper_nothing_is_replaced(layers: Layers) -> None:
     with Daemon(layers, ["keeper=off"]) as daemon:
         done = subprocess.run(
