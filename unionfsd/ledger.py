@@ -168,10 +168,7 @@ class Ledger:
         """What a record says; None when there is no such record."""
         if not self.has(record):
             return None
-        _, parent, ino, third, lookups, name = _WORDS.unpack_from(self._bytes, _HEAD + (record & _SLOT) * _RECORD)
-        cell = third & 0xFFFF_FFFF
-        parent, name = self._read_cell(cell) if cell else (parent, name[: third >> 48])
-        return Record(record, parent, name, ino, lookups, third >> 32 & 0xFFFF)
+        return self._read(*_WORDS.unpack_from(self._bytes, _HEAD + (record & _SLOT) * _RECORD))
 
     def flags(self, record: int) -> int:
         """The flags of a record."""
@@ -206,10 +203,7 @@ class Ledger:
             cell = third & 0xFFFF_FFFF
             if cell:
                 (big if cell & _BIG else cells).add(cell & ~_BIG)
-                parent, name = self._read_cell(cell)
-            else:
-                name = name[: third >> 48]
-            yield Record(nodeid, parent, name, ino, lookups, third >> 32 & 0xFFFF)
+            yield self._read(nodeid, parent, ino, third, lookups, name)
         for slot in unused:
             if slot not in cells:
                 self._words[_HEAD // 8 + (slot << 3)] = 0
@@ -461,6 +455,12 @@ class Ledger:
         self._words[at // 8] = parent
         self._words[at // 8 + 1] = size
         return cell | _BIG
+
+    def _read(self, nodeid: int, parent: int, ino: int, third: int, lookups: int, name: bytes) -> Record:
+        """What the words of a record say."""
+        cell = third & 0xFFFF_FFFF
+        parent, name = self._read_cell(cell) if cell else (parent, name[: third >> 48])
+        return Record(nodeid, parent, name, ino, lookups, third >> 32 & 0xFFFF)
 
     def _read_cell(self, cell: int) -> tuple[int, bytes]:
         if cell & _BIG:

@@ -20,7 +20,7 @@ class Flag(enum.IntFlag):
     LOWER = 16
     """It is found by its name in the lowers: a file that was only there when it lost its last name, or a directory."""
     OPENS = 32
-    """No node, but what the kernel has open of one, its `parent`; see `tally`."""
+    """No node, but what the kernel has open of one, its `parent`; see `Ledger.tally_open`."""
 
 
 class Kind(enum.IntEnum):

@@ -190,11 +190,11 @@ class Machine:
 
     # Requests.
 
-    def send(self, opcode: int, body: bytes = b"", *, nodeid: int = 1, again: bool = True) -> int:
-        """Send a request; returns its unique. With `again` it expects a reply."""
+    def send(self, opcode: int, body: bytes = b"", *, nodeid: int = 1, replied: bool = True) -> int:
+        """Send a request; returns its unique. `replied`: it expects a reply, and is sent again until it has one."""
         self._unique += 2
         header = wire.IN_HEADER.pack(wire.BODY + len(body), opcode, self._unique, nodeid, 0, 0, 0, 0)
-        if again:
+        if replied:
             self._waiting[self._unique] = header + body
         self.far.send(header + body)
         return self._unique
@@ -278,7 +278,7 @@ class Machine:
     def forget(self, nodeid: int) -> None:
         """The kernel forgets a node altogether."""
         count = self.lookups.pop(nodeid)
-        self.send(Opcode.FORGET, wire.FORGET_IN.pack(count), nodeid=nodeid, again=False)
+        self.send(Opcode.FORGET, wire.FORGET_IN.pack(count), nodeid=nodeid, replied=False)
 
     def seen(self, nodeids: Iterable[int]) -> dict[int, tuple[object, ...]]:
         """What the kernel is told of nodes: type, links, and of files the size and the content; or the errno."""
