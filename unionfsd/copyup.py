@@ -341,7 +341,9 @@ class CopyUp:
             return
         self._counters.copied_bytes += copied
         if copied and self._work.syncs:
-            yield Blocking(partial(_sync, filling.target))
+            stock, mode = self._work.stock, staging_mode(filling.metadata, self.keeping)
+            then = None if stock is None else partial(stock.add, mode)
+            yield Blocking(partial(_sync, filling.target), then=then)
 
     def _run(
         self, fill: Callable[[], int], size: int, node: Node, target: Fd, source: Fd, place: tuple[LowerDir, bytes]

@@ -101,7 +101,7 @@ class Walk:
 
     def _read(self, node: DirNode, path: bytes, fd: int) -> Directory | None:
         try:
-            names = tuple(sorted(entry.name for entry in self._upper.scan(fd)))
+            names = tuple(sorted(name for name, _ in self._upper.scan(fd)))
         except PermissionError as exc:
             self.findings.append(Finding("unreadable", path, exc.strerror or ""))
             return None

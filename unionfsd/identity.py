@@ -158,12 +158,12 @@ def _samples(upper: Layer) -> Iterator[Sample]:
     root = upper.root.fd
     if all(optional_xattr(root, name) is None for name in fmt.IMPURE_NAMES):
         return
-    for entry in islice(upper.scan(root), _NAMES):
+    for name, entry in islice(upper.scan(root), _NAMES):
         if entry.is_dir(follow_symlinks=False):
-            with syscalls.open_dir(root, entry.name) as fd:
+            with syscalls.open_dir(root, name) as fd:
                 origin = read_origin(fd.fd)
             if origin is not None:
-                yield Sample(entry.name, origin)
+                yield Sample(name, origin)
 
 
 class Places:

@@ -130,9 +130,9 @@ class Integrity:
         fd = lower.open(self._fds)
         xwhiteouts = lower.marks(self._fds).xwhiteouts
         found = {}
-        for entry in lower.layer.scan(fd):
-            kind = DT_UNKNOWN if fmt.is_reserved(entry.name) else entry_type(fd, entry, xwhiteouts=xwhiteouts)
-            found[entry.name] = treeindex.WHITEOUT if kind is None else kind
+        for name, entry in lower.layer.scan(fd):
+            kind = DT_UNKNOWN if fmt.is_reserved(name) else entry_type(fd, name, entry, xwhiteouts=xwhiteouts)
+            found[name] = treeindex.WHITEOUT if kind is None else kind
         children = treeindex.Children()
         for name in sorted(found):
             children.add(name, found[name])

@@ -13,6 +13,7 @@ import errno
 import fcntl
 import os
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from itertools import chain
 
@@ -22,35 +23,26 @@ from .fdcache import FdCache, Holder
 from .inuse import unlock
 from .syscalls import Fd
 from .treeindex import TreeIndex
-from .typed import Final, NamedTuple, Protocol
+from .typed import Final, NamedTuple, Protocol, TypeAlias
 
+_NAMES: Final = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
+"""What os.fsencode looks up for each name."""
 _INO_BITS: Final = 56
 #: 2**64 divided by the golden ratio (Knuth, TAOCP 6.4, multiplicative hashing).
 _SPREAD: Final = 0x9E3779B97F4A7C15
 
 
 class DirEntry(Protocol):
-    """What is used of os.DirEntry[bytes]."""
+    """What is used of an os.DirEntry but its name, which is of type str where a descriptor was read."""
 
-    @property
-    def name(self) -> bytes: ...
     def inode(self) -> int: ...
     def is_dir(self, *, follow_symlinks: bool = ...) -> bool: ...
     def is_file(self, *, follow_symlinks: bool = ...) -> bool: ...
     def is_symlink(self) -> bool: ...
 
 
-class _OfDescriptor:
-    """An entry of os.scandir on a descriptor, which has names of type str."""
-
-    __slots__ = ("inode", "is_dir", "is_file", "is_symlink", "name")
-
-    def __init__(self, entry: os.DirEntry[str]) -> None:
-        self.name = os.fsencode(entry.name)
-        self.inode = entry.inode
-        self.is_dir = entry.is_dir
-        self.is_file = entry.is_file
-        self.is_symlink = entry.is_symlink
+Scanned: TypeAlias = tuple[bytes, DirEntry]
+"""An entry of a directory and its name."""
 
 
 class Layer:
@@ -130,7 +122,7 @@ class Layer:
                 pass  # only the owner may ask for O_NOATIME
         return syscalls.open_data(dirfd, name, flags)
 
-    def scan(self, fd: int) -> Iterator[DirEntry]:
+    def scan(self, fd: int) -> Iterator[Scanned]:
         """Entries of the directory that the O_PATH `fd` refers to, without "." and ".."."""
         if self.system is not None:
             entries, known = remote.ask(self._scanned, fd)
@@ -140,10 +132,10 @@ class Layer:
         else:
             yield from self._scan(fd)
 
-    def _scan(self, fd: int) -> Iterator[DirEntry]:
+    def _scan(self, fd: int) -> Iterator[Scanned]:
         if self.noatime or self.writable:
             with os.scandir(syscalls.proc_path(fd)) as entries:
-                yield from entries
+                yield from ((entry.name, entry) for entry in entries)
             return
         flags = os.O_RDONLY | os.O_DIRECTORY
         try:
@@ -151,12 +143,12 @@ class Layer:
         except PermissionError:
             reading = syscalls.reopen(fd, flags)
         with reading, os.scandir(reading.fd) as unnamed:
-            yield from map(_OfDescriptor, unnamed)
+            yield from ((entry.name.encode(*_NAMES), entry) for entry in unnamed)
 
-    def _scanned(self, fd: int) -> tuple[list[DirEntry], remote.Known]:
+    def _scanned(self, fd: int) -> tuple[list[Scanned], remote.Known]:
         """All of them, their types asked for where the directory does not tell, and what is known of them."""
         entries = list(self._scan(fd))
-        for entry in entries:
+        for _, entry in entries:
             with contextlib.suppress(OSError):
                 entry.is_symlink()
         return entries, remote.foresee(fd, chain.from_iterable(map(_next_questions, entries)))
@@ -252,10 +244,11 @@ def _marks_of(dirfd: int, name: bytes) -> fmt.Marks:
         return read_marks(fd.fd)
 
 
-def _next_questions(entry: DirEntry) -> Iterator[tuple[Callable[..., object], bytes]]:
-    yield from remote.about(entry.name)
+def _next_questions(scanned: Scanned) -> Iterator[tuple[Callable[..., object], bytes]]:
+    name, entry = scanned
+    yield from remote.about(name)
     if entry.is_dir(follow_symlinks=False):
-        yield _marks_of, entry.name
+        yield _marks_of, name
 
 
 def read_marks(dirfd: int) -> fmt.Marks:
@@ -405,9 +398,10 @@ class LayerStack:
         """
         return self._fsid(st.st_dev) << _INO_BITS | _fold(st.st_ino)
 
-    def entry_ino(self, layer: Layer, ino: int) -> int:
-        """The same from a directory entry of `layer`, whose file system is taken to be that of the layer's root."""
-        return self._fsid(layer.dev) << _INO_BITS | _fold(ino)
+    def entry_inos(self, layer: Layer) -> Callable[[int], int]:
+        """The same from directory entries of `layer`, whose file system is taken to be that of the layer's root."""
+        prefix = self._fsid(layer.dev) << _INO_BITS
+        return lambda ino: prefix | _fold(ino) if ino >> _INO_BITS else prefix | ino
 
     def find_origin(self, origin: fmt.Origin) -> os.stat_result | None:
         """The object that `origin` means, wherever in a lower; None without CAP_DAC_READ_SEARCH, or when it is gone."""

@@ -16,6 +16,7 @@ import stat
 from _blake2 import blake2b  # hashlib's own; hashlib itself loads OpenSSL, a twentieth of the start
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from operator import itemgetter
 
 from . import format as fmt
@@ -23,7 +24,7 @@ from . import syscalls
 from .fdcache import FdCache
 from .layers import DirEntry, Layer, LayerStack, LowerDir, is_xattr_whiteout
 from .remote import AskedError, together
-from .typed import Final, NamedTuple, Protocol
+from .typed import Final, NamedTuple, Protocol, TypeAlias
 
 DT_UNKNOWN: Final = 0
 DT_CHR: Final = 2
@@ -38,16 +39,16 @@ _TYPE_BITS: Final = 4
 _LOWER_BITS: Final = 20
 
 
+Row: TypeAlias = tuple[bytes, int, int]
+"""A name, its inode number as the mount shows it, and its DT_* type."""
+
+
 class LowerName(NamedTuple):
     """A name in merged lowers: its DT_* type, its inode number as the mount shows it, and which lower gives it."""
 
     type: int
     ino: int
     lower: int
-
-
-def _pack(kind: int, ino: int, lower: int) -> int:
-    return (ino << _LOWER_BITS | lower) << _TYPE_BITS | kind
 
 
 def _unpack(packed: int) -> LowerName:
@@ -80,16 +81,16 @@ class LowerNames:
 
     def add(self, name: bytes, kind: int, ino: int, lower: int) -> None:
         """A name that none of the lowers above has."""
-        self._packed[name] = _pack(kind, ino, lower)
+        self._packed[name] = (ino << _LOWER_BITS | lower) << _TYPE_BITS | kind
 
     def items(self) -> Iterator[tuple[bytes, LowerName]]:
         for name, packed in self._packed.items():
             yield name, _unpack(packed)
 
-    def rows(self) -> Iterator[tuple[bytes, int, int]]:
-        """(name, inode number, DT_* type) of each."""
-        for name, packed in self._packed.items():
-            yield name, packed >> _TYPE_BITS + _LOWER_BITS, packed & (1 << _TYPE_BITS) - 1
+    def rows(self) -> Iterator[Row]:
+        """The rows of all of them."""
+        shift, mask = _TYPE_BITS + _LOWER_BITS, (1 << _TYPE_BITS) - 1
+        return ((name, packed >> shift, packed & mask) for name, packed in self._packed.items())
 
     def indices(self, name: bytes) -> tuple[int, ...]:
         """Which lowers give the directory `name`, top first."""
@@ -112,16 +113,18 @@ def _merge_lower(
     """Add what `lower` has; `closed` are the names that end above it. Returns what its ``.wh.`` entries hide."""
     hidden = []
     asked = []
+    number = stack.entry_inos(lower.layer)
     xwhiteouts = lower.marks(fds).xwhiteouts
     fd = lower.open(fds)
-    for entry in lower.layer.scan(fd):
-        name = entry.name
+    for name, entry in lower.layer.scan(fd):
         if fmt.is_reserved(name):
             if target := fmt.wh_target(name):
                 hidden.append(target)
+        elif not xwhiteouts and name not in merged and name not in closed and entry.is_file(follow_symlinks=False):
+            merged.add(name, DT_REG, number(entry.inode()), index)
         elif name not in closed:
             try:
-                kind = entry_type(fd, entry, xwhiteouts=xwhiteouts)
+                kind = entry_type(fd, name, entry, xwhiteouts=xwhiteouts)
             except AskedError as error:
                 asked.append(error)
                 continue
@@ -129,7 +132,7 @@ def _merge_lower(
             if kind is None or (known is not None and kind != DT_DIR):
                 closed.add(name)
             elif known is None:
-                merged.add(name, kind, stack.entry_ino(lower.layer, entry.inode()), index)
+                merged.add(name, kind, number(entry.inode()), index)
             elif known.type == DT_DIR:
                 merged.stacks[name] = (*merged.indices(name), index)
     if asked:
@@ -137,10 +140,10 @@ def _merge_lower(
     return hidden
 
 
-def entry_type(dirfd: int, entry: DirEntry, *, xwhiteouts: bool) -> int | None:
-    """DT_* of an entry of the directory `dirfd`, None for a whiteout."""
+def entry_type(dirfd: int, name: bytes, entry: DirEntry, *, xwhiteouts: bool) -> int | None:
+    """DT_* of the entry `name` of the directory `dirfd`, None for a whiteout."""
     if entry.is_file(follow_symlinks=False):
-        if xwhiteouts and not syscalls.stat_at(dirfd, entry.name).st_size and is_xattr_whiteout(dirfd, entry.name):
+        if xwhiteouts and not syscalls.stat_at(dirfd, name).st_size and is_xattr_whiteout(dirfd, name):
             return None
         return DT_REG
     if entry.is_dir(follow_symlinks=False):
@@ -148,7 +151,7 @@ def entry_type(dirfd: int, entry: DirEntry, *, xwhiteouts: bool) -> int | None:
     if entry.is_symlink():
         return DT_LNK
     try:
-        st = syscalls.stat_at(dirfd, entry.name)
+        st = syscalls.stat_at(dirfd, name)
     except FileNotFoundError:
         return DT_UNKNOWN
     return None if fmt.is_whiteout_device(st.st_mode, st.st_rdev) else dt_type(st.st_mode)
@@ -159,14 +162,8 @@ def dt_type(mode: int) -> int:
     return stat.S_IFMT(mode) >> 12
 
 
-class Dirent(NamedTuple):
-    """An entry as a reader gets it: `type` is a DT_*, `cookie` says where to go on after it."""
-
-    name: bytes
-    ino: int
-    type: int
-    cookie: int
-
+Dirent: TypeAlias = tuple[bytes, int, int, int]
+"""An entry as a reader gets it: name, inode number, DT_* type, and the cookie that says where to go on after it."""
 
 _DOT_COOKIE: Final = 1
 _DOTDOT_COOKIE: Final = 2
@@ -178,20 +175,20 @@ def cookie_of(name: bytes) -> int:
 
 
 _cookie: Final = itemgetter(3)
+_TAKEN: Final = 256
+"""Entries that a reader is handed at once: one request has room for about as many."""
 
 
 class Listing:
     """A snapshot of a merged directory, in the order of cookies; "." and ".." come first."""
 
-    __slots__ = ("_cookies", "_entries")
+    __slots__ = ("_entries",)
 
-    def __init__(self, ino: int, parent_ino: int, rows: Iterable[tuple[bytes, int, int]]) -> None:
-        """`rows` are (name, inode number, DT_* type)."""
-        dots = [Dirent(b".", ino, DT_DIR, _DOT_COOKIE), Dirent(b"..", parent_ino, DT_DIR, _DOTDOT_COOKIE)]
-        entries = [Dirent(name, number, kind, cookie_of(name)) for name, number, kind in rows]
-        entries.sort(key=_cookie)
-        self._entries = dots + entries
-        self._cookies = list(map(_cookie, self._entries))
+    def __init__(self, ino: int, parent_ino: int, rows: Iterable[Row]) -> None:
+        """`ino` and `parent_ino` are of the dots."""
+        self._entries = [(name, number, kind, cookie_of(name)) for name, number, kind in rows]
+        self._entries.sort(key=_cookie)
+        self._entries[:0] = (b".", ino, DT_DIR, _DOT_COOKIE), (b"..", parent_ino, DT_DIR, _DOTDOT_COOKIE)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -199,20 +196,21 @@ class Listing:
     def after(self, cookie: int) -> Iterator[Dirent]:
         """The entries after the one with `cookie`, which need not be there any more; all of them after 0."""
         entries = self._entries
-        for index in range(bisect_right(self._cookies, cookie), len(entries)):
-            yield entries[index]
+        first = bisect_right(entries, cookie, key=_cookie)
+        return chain.from_iterable(entries[at : at + _TAKEN] for at in range(first, len(entries), _TAKEN))
 
 
 def read_upper(fd: int, layer: Layer, stack: LayerStack, *, xwhiteouts: bool) -> UpperNames:
     """Read the upper directory `fd` (O_PATH)."""
     upper = UpperNames({}, set())
-    for entry in layer.scan(fd):
-        if fmt.is_reserved(entry.name):
-            if target := fmt.wh_target(entry.name):
+    number = stack.entry_inos(layer)
+    for name, entry in layer.scan(fd):
+        if fmt.is_reserved(name):
+            if target := fmt.wh_target(name):
                 upper.hidden.add(target)
         else:
-            kind = entry_type(fd, entry, xwhiteouts=xwhiteouts)
-            upper.names[entry.name] = None if kind is None else (stack.entry_ino(layer, entry.inode()), kind)
+            kind = entry_type(fd, name, entry, xwhiteouts=xwhiteouts)
+            upper.names[name] = None if kind is None else (number(entry.inode()), kind)
     return upper
 
 
@@ -223,16 +221,18 @@ class UpperNames(NamedTuple):
     hidden: set[bytes]
 
 
-def merge(upper: UpperNames | None, lowers: LowerNames | None) -> Iterator[tuple[bytes, int, int]]:
-    """Rows (name, inode number, DT_* type) of a directory that has `upper` over `lowers`."""
-    if upper is not None:
-        for name, found in upper.names.items():
-            if found is not None:
-                yield name, found[0], found[1]
-    if lowers is not None:
-        for name, ino, kind in lowers.rows():
-            if upper is None or (name not in upper.names and name not in upper.hidden):
-                yield name, ino, kind
+def merge(upper: UpperNames | None, lowers: LowerNames | None) -> Iterator[Row]:
+    """The rows of a directory that has `upper` over `lowers`."""
+    names, hidden = ({}, ()) if upper is None else upper
+    for name, found in names.items():
+        if found is not None:
+            yield name, found[0], found[1]
+    if lowers is not None and (names or hidden):
+        for row in lowers.rows():
+            if row[0] not in names and row[0] not in hidden:
+                yield row
+    elif lowers is not None:
+        yield from lowers.rows()
 
 
 class Named(Protocol):

@@ -31,7 +31,7 @@ from .index import Index
 from .inodes import DirNode, Node
 from .integrity import Integrity
 from .layers import DataMarks, LayerStack, LowerDir, exists, optional_xattr, read_data_marks, read_marks
-from .listing import DT_DIR, DT_REG, DT_UNKNOWN, Listing, LowerNames, UpperNames, merge, read_lowers, read_upper
+from .listing import DT_DIR, DT_REG, DT_UNKNOWN, Listing, LowerNames, Row, UpperNames, merge, read_lowers, read_upper
 from .logger import get_logger
 from .options import Verity
 from .typed import Final, NamedTuple
@@ -320,7 +320,7 @@ class Resolver:
         if node.hidden is None:
             assert self.stack.upper is not None
             found = self.stack.upper.scan(self.upper_dir(node))
-            node.hidden = {target for entry in found if (target := fmt.wh_target(entry.name))}
+            node.hidden = {target for name, _ in found if (target := fmt.wh_target(name))}
         return node.hidden
 
     def find_lower(self, parent: DirNode, name: bytes) -> Hit | None:
@@ -472,21 +472,23 @@ class Resolver:
         parent = node if node.parent is None else node.parent
         return Listing(node.ino, parent.ino, () if node.unlinked else self._rows(node))
 
-    def _rows(self, node: DirNode) -> Iterator[tuple[bytes, int, int]]:
+    def _rows(self, node: DirNode) -> Iterator[Row]:
         """Rows of a listing, with the inode numbers that stat shows."""
-        lowers = self.lower_names(node, read=True)
+        lowers, upper = self.lower_names(node, read=True), self._read_upper(node)
+        as_they_are = not (node.children or self.stack.overrides or (upper is not None and upper.names))
+        return merge(upper, lowers) if as_they_are else self._numbered(node, upper, lowers)
+
+    def _numbered(self, node: DirNode, upper: UpperNames | None, lowers: LowerNames | None) -> Iterator[Row]:
         known = node.children or {}
-        upper = self._read_upper(node)
         impure = upper is not None and self.impure(node)
         for name, ino, kind in merge(upper, lowers):
             if kind == DT_REG and self.stack.overrides:
                 kind = DT_UNKNOWN  # an empty file may stand for a device node
             if name in known:
-                yield name, known[name].ino, kind
+                ino = known[name].ino
             elif upper is not None and name in upper.names and (impure or (lowers and name in lowers)):
-                yield name, self._listed_ino(node, name, ino), kind
-            else:
-                yield name, ino, kind
+                ino = self._listed_ino(node, name, ino)
+            yield name, ino, kind
 
     def _listed_ino(self, node: DirNode, name: bytes, ino: int) -> int:
         """The inode number of a name of an upper directory that says `ino`."""

@@ -133,7 +133,7 @@ class Memory:
             else:
                 looked.replaced.append(name)
         known = node.children or {}
-        names = (entry.name for entry in self._resolver.listing(node).after(0))
+        names = (name for name, *_ in self._resolver.listing(node).after(0))
         looked.others.extend(name for name in names if name not in known and name not in (b".", b".."))
         return looked
 

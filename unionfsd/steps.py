@@ -25,13 +25,15 @@ class Blocking:
     """A call that may block: `fn` takes nothing, runs in a thread, and its result or exception goes back in.
 
     `source`: the descriptor of a lower that it reads, if it does: that may be one that waits for somebody else.
+    `then`: what the thread may do once the operation goes on; it raises nothing, and nobody waits for it.
     """
 
-    __slots__ = ("fn", "source")
+    __slots__ = ("fn", "source", "then")
 
-    def __init__(self, fn: Callable[[], Any], source: object = None) -> None:
+    def __init__(self, fn: Callable[[], Any], source: object = None, *, then: Callable[[], None] | None = None) -> None:
         self.fn = fn
         self.source = source
+        self.then = then
 
 
 class Calling(Blocking):

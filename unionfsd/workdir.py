@@ -22,6 +22,7 @@ from .layers import LayerStack, exists, is_xattr_whiteout, optional_xattr
 from .logger import get_logger
 from .options import MountConfig
 from .removal import names_in, open_or_make, own_names, remove_tree
+from .stock import Stock
 from .syscalls import Fd
 from .typed import Final, NamedTuple
 
@@ -144,6 +145,7 @@ class Workdir:
         self._whiteout: bytes | None = None
         self._rooms: dict[int, Fd] = {}
         self._kept: set[bytes] = set()
+        self.stock = Stock(self.fd) if abilities.tmpfile else None
 
     def fresh_name(self) -> bytes:
         """A name that nothing in work has: work is swept at mount and locked."""
@@ -173,8 +175,8 @@ class Workdir:
 
     def stage_file(self, mode: int) -> Staged:
         """An empty regular file, `fd` opened O_RDWR."""
-        if self.abilities.tmpfile:
-            return Staged(self, syscalls.tmpfile_at(self.fd, mode), None)
+        if self.stock is not None:
+            return Staged(self, self.stock.take(mode), None)
         name = self.fresh_name()
         return Staged(self, syscalls.create_at(self.fd, name, mode), name)
 
@@ -387,6 +389,8 @@ class Workdir:
             directory.close()
             self.discard(_room_name(number))
         self._rooms.clear()
+        if self.stock is not None:
+            self.stock.close()
         self._directory.close()
 
 

@@ -348,8 +348,8 @@ class Client:
         self.union.opendir(dentry.nodeid)
         entries = list(self.union.listdir(dentry.nodeid, 0))
         self.union.releasedir(dentry.nodeid)
-        assert [entry.name for entry in entries[:2]] == [b".", b".."]
-        return sorted((entry.name, entry.type) for entry in entries[2:])
+        assert [name for name, *_ in entries[:2]] == [b".", b".."]
+        return sorted((name, kind) for name, _, kind, _ in entries[2:])
 
     # Data.
 
@@ -594,12 +594,12 @@ def _read_node(union: Union, nodeid: int, path: bytes, tree: Tree) -> None:
     tree[path] = _record(union, nodeid, attr)
     if kind != stat.S_IFDIR:
         return
-    for entry in list(union.listdir(nodeid, 0)):
-        if entry.name in (b".", b".."):
+    for name, _, listed, _ in list(union.listdir(nodeid, 0)):
+        if name in (b".", b".."):
             continue
-        found = union.lookup(nodeid, entry.name)
-        assert stat.S_IFMT(found.attr.st.st_mode) >> 12 == entry.type, entry
-        _read_node(union, found.nodeid, join(path, entry.name), tree)
+        found = union.lookup(nodeid, name)
+        assert stat.S_IFMT(found.attr.st.st_mode) >> 12 == listed, name
+        _read_node(union, found.nodeid, join(path, name), tree)
         union.forget(found.nodeid, 1)
 
 

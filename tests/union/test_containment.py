@@ -333,7 +333,7 @@ def test_hostile_marks(scratch: bytes, outside: Outside, layer: str) -> None:
     uppermost = content if layer == "upper" else directory({b"d": directory(), b"w": Whiteout()})
     stack = Stack(scratch + b"/layers", [content, below] if layer == "lower" else [below], uppermost)
     union = stack.union()
-    names = {entry.name for entry in union.listdir(union.root, 0)}
+    names = {name for name, *_ in union.listdir(union.root, 0)}
     assert not any(name.startswith(b".wh.") for name in names)
     client = Client(union)
     for name in sorted(names | {b"a"}):

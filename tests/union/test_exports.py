@@ -63,7 +63,7 @@ def read(union: Union, wanted: tuple[int, int]) -> bytes:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
     try:
         if found.attr.st.st_mode & 0o170000 == 0o040000:
-            return b" ".join(sorted(entry.name for entry in union.listdir(found.nodeid, 0)))
+            return b" ".join(sorted(name for name, *_ in union.listdir(found.nodeid, 0)))
         return bytes(steps.run(union.read(found.nodeid, 100, 0)))
     finally:
         union.forget(found.nodeid, 1)

@@ -72,11 +72,11 @@ def links_of(union: Union) -> Links:
     found: dict[bytes, tuple[int, int]] = {}
 
     def walk(nodeid: int, path: bytes) -> None:
-        for entry in list(union.listdir(nodeid, 0)):
-            if entry.name not in (b".", b".."):
-                below = union.lookup(nodeid, entry.name)
-                at = join(path, entry.name)
-                assert entry.ino == below.attr.ino, at
+        for name, ino, *_ in list(union.listdir(nodeid, 0)):
+            if name not in (b".", b".."):
+                below = union.lookup(nodeid, name)
+                at = join(path, name)
+                assert ino == below.attr.ino, at
                 if stat.S_ISDIR(below.attr.st.st_mode):
                     walk(below.nodeid, at)
                 else:

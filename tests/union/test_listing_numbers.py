@@ -35,11 +35,11 @@ PRESENT = [state for state, (upper, lower) in STATES.items() if state != "absent
 def numbers(union: Union) -> dict[bytes, int]:
     """Name -> inode number as lookup gives it, after checking that the listing and getattr agree."""
     found = {}
-    for entry in list(union.listdir(union.root, 0))[2:]:
-        node = union.lookup(union.root, entry.name)
-        assert node.attr.ino == entry.ino == union.getattr(node.nodeid).ino, entry.name
+    for name, ino, *_ in list(union.listdir(union.root, 0))[2:]:
+        node = union.lookup(union.root, name)
+        assert node.attr.ino == ino == union.getattr(node.nodeid).ino, name
         union.forget(node.nodeid, 1)
-        found[entry.name] = entry.ino
+        found[name] = ino
     return found
 
 

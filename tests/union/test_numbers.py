@@ -48,12 +48,12 @@ def numbers(union: Union) -> dict[bytes, int]:
     found: dict[bytes, int] = {}
 
     def walk(nodeid: int, path: bytes) -> None:
-        for entry in list(union.listdir(nodeid, 0)):
-            if entry.name in (b".", b".."):
+        for name, ino, *_ in list(union.listdir(nodeid, 0)):
+            if name in (b".", b".."):
                 continue
-            below = union.lookup(nodeid, entry.name)
-            at = join(path, entry.name)
-            assert entry.ino == below.attr.ino, at
+            below = union.lookup(nodeid, name)
+            at = join(path, name)
+            assert ino == below.attr.ino, at
             found[at] = below.attr.ino
             if stat.S_ISDIR(below.attr.st.st_mode):
                 walk(below.nodeid, at)

@@ -99,7 +99,7 @@ class FakeUnion:
         self.ledger = Ledger.new()
         self.events = Events()
         self.calls: list[tuple[Any, ...]] = []
-        self.entries = [Dirent(b".", 1, 4, 1), Dirent(b"..", 1, 4, 2)]
+        self.entries: list[Dirent] = [(b".", 1, 4, 1), (b"..", 1, 4, 2)]
 
     def _note(self, *call: Any) -> None:
         self.calls.append(call)
@@ -167,7 +167,7 @@ class FakeUnion:
         return True
 
     def listdir(self, nodeid: int, cookie: int) -> Iterator[Dirent]:
-        return iter([entry for entry in self.entries if entry.cookie > cookie])
+        return iter([entry for entry in self.entries if entry[3] > cookie])
 
     def readinto(self, nodeid: int, buffer: memoryview, offset: int) -> Op[int]:
         yield from ()

@@ -21,7 +21,6 @@ from unionfsd.fuse import abi, wire, workers
 from unionfsd.fuse.abi import InitFlag, Opcode
 from unionfsd.fuse.channel import Channel
 from unionfsd.steps import Blocking, Gate, Op
-from unionfsd.union import Dirent
 
 HANDLES = EVERYTHING & ~(InitFlag.NO_OPEN_SUPPORT | InitFlag.NO_OPENDIR_SUPPORT)
 
@@ -283,7 +282,7 @@ def dirents(payload: bytes, head: int) -> Iterator[tuple[bytes, int]]:
 @settings(max_examples=50, deadline=None)
 def test_a_listing_in_parts_is_the_listing(plus: bool, names: list[bytes], size: int) -> None:
     union = FakeUnion()
-    union.entries = [Dirent(name, 100 + at, 8, at + 1) for at, name in enumerate(names)]
+    union.entries = [(name, 100 + at, 8, at + 1) for at, name in enumerate(names)]
     opcode, head = (Opcode.READDIRPLUS, wire.ENTRY_OUT.size) if plus else (Opcode.READDIR, 0)
     found: list[bytes] = []
 
@@ -307,7 +306,7 @@ def test_a_listing_in_parts_is_the_listing(plus: bool, names: list[bytes], size:
 async def test_what_is_not_worth_looking_up_is_listed_by_name(
     union: FakeUnion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    union.entries += [Dirent(b"a", 7, 8, 3), Dirent(b"b", 8, 8, 4)]
+    union.entries += [(b"a", 7, 8, 3), (b"b", 8, 8, 4)]
     monkeypatch.setattr(union, "eager", lambda nodeid: False)
     async with served(union) as kernel:
         part = (await kernel.call(Opcode.READDIRPLUS, read_in(0, 4096))).payload

@@ -488,6 +488,27 @@ def test_two_copy_ups_of_one_file_are_one(union: Opened, layers: Layers) -> None
     assert union.counters.copy_ups == 1
 
 
+def test_a_copy_up_leaves_a_file_for_the_next_one(
+    union: Opened, layers: Layers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (layers.lower / "one").write_text("1")
+    (layers.lower / "two").write_text("two")
+    (layers.lower / "two").chmod(0o755)
+    (layers.lower / "three").write_text("3")
+    first = union.copy_up.node(union.node("one"))
+    copying = begin(first)
+    assert isinstance(copying, Blocking)
+    assert copying.then is not None
+    end(first, copying)
+    copying.then()
+    refuse_call(monkeypatch, "tmpfile_at", errno.ENOSPC)
+    union.up("two")
+    assert (layers.upper / "two").read_text() == "two"
+    assert stat.S_IMODE((layers.upper / "two").stat().st_mode) == 0o755
+    with pytest.raises(OSError, match="No space"):
+        union.up("three")
+
+
 def test_who_waited_for_a_copy_up_that_failed_tries_again(union: Opened, layers: Layers) -> None:
     (layers.lower / "file").write_text("content")
     node = union.node("file")

@@ -10,6 +10,8 @@ looked up is decided here: a lookup that comes along costs an eighth of one that
 
 from __future__ import annotations
 
+from struct import Struct
+
 from unionfsd.fuse import abi, wire
 from unionfsd.fuse.abi import Opcode
 from unionfsd.fuse.exchange import Exchange, Handler, Payload, nothing
@@ -30,6 +32,8 @@ class Dirs:
         self._union = exchange.union
         self.handles = True
         """Whether OPENDIR is answered; without handles nobody says when a listing is over but its last, empty part."""
+        self._forms: dict[int, Struct] = {}
+        """Of a direntplus, by the length of its name."""
 
     def table(self) -> dict[Opcode, Handler]:
         """The handlers by opcode."""
@@ -79,22 +83,19 @@ class Dirs:
         _, cookie, size, *_ = wire.READ_IN.unpack_from(exchange.buf, _BODY)
         view = exchange.outbox.view
         size = min(size, len(view))
-        head, pack = wire.DIRENTPLUS.size, wire.DIRENT.pack_into
-        entry_size = wire.ENTRY_OUT.size
         at = 0
         entries = union.listdir(nodeid, cookie)
         eager = union.eager(nodeid)
+        entry = _NO_ENTRY
         for name, ino, kind, after in entries:
             length = len(name)
-            room = (head + length + 7) & ~7
+            form = self._forms.get(length) or self._form(length)
+            room = form.size
             if at + room > size:
                 break
-            entry = _NO_ENTRY
             if eager and name not in _DOTS:
                 entry, ino = self._entry(nodeid, name, ino)
-            view[at : at + entry_size] = entry
-            pack(view, at + entry_size, ino, after, length, kind)
-            view[at + head : at + head + length] = name
+            form.pack_into(view, at, entry, ino, after, length, kind, name)
             at += room
         return self._part(nodeid, view[:at])
 
@@ -102,6 +103,9 @@ class Dirs:
         if not part and not self.handles:
             self._union.releasedir(nodeid)
         return part
+
+    def _form(self, length: int) -> Struct:
+        return self._forms.setdefault(length, wire.direntplus(length))
 
     def _entry(self, parent: int, name: bytes, ino: int) -> tuple[bytes, int]:
         """ENTRY_OUT and inode number of one name; one that cannot be looked up is listed all the same, with `ino`."""

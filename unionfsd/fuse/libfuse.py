@@ -320,14 +320,15 @@ class _Operations(pyfuse3.Operations):
 
     def _list(self, directory: int, dirent: Dirent, token: pyfuse3.ReaddirToken) -> bool:
         """Add one entry and its node to the reply; False when the reply is full. Each added node is looked up once."""
-        if dirent.name in (b".", b".."):  # the kernel takes no lookup for these
-            nodeid = directory if dirent.name == b"." else self._union.parent(directory)
-            return pyfuse3.readdir_reply(token, dirent.name, _dot(nodeid), dirent.cookie)
+        name, _, _, cookie = dirent
+        if name in (b".", b".."):  # the kernel takes no lookup for these
+            nodeid = directory if name == b"." else self._union.parent(directory)
+            return pyfuse3.readdir_reply(token, name, _dot(nodeid), cookie)
         try:
-            found = self._union.lookup(directory, dirent.name)
+            found = self._union.lookup(directory, name)
         except FileNotFoundError:
             return True  # gone since the directory was read
-        if pyfuse3.readdir_reply(token, dirent.name, self._entry(found), dirent.cookie):
+        if pyfuse3.readdir_reply(token, name, self._entry(found), cookie):
             return True
         self._union.forget(found.nodeid, 1)
         return False

@@ -260,6 +260,12 @@ DIRENT: Final = Struct("=QQII")
 """ino, off, namelen, type; the name follows, padded to 8 bytes"""
 DIRENTPLUS: Final = Struct(ENTRY_OUT.format + DIRENT.format[1:])
 
+
+def direntplus(length: int) -> Struct:
+    """A fuse_direntplus whose name has `length` bytes: ENTRY_OUT as packed, then as DIRENT, name and padding."""
+    return Struct(f"={ENTRY_OUT.size}s{DIRENT.format[1:]}{length + 7 & ~7}s")
+
+
 _NS: Final = 1_000_000_000
 
 

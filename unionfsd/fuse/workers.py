@@ -64,13 +64,15 @@ class Workers:
         """Have a thread do `step`; `deferred` is then due with what it returned or raised."""
         system = remote.system_of(step.source)
         pool = self._calls if isinstance(step, Calling) else self._steps
-        self.submit_to(pool if system is None else system.readers, deferred, step.fn)
+        self.submit_to(pool if system is None else system.readers, deferred, step.fn, step.then)
 
-    def submit_to(self, pool: Pool, deferred: Deferred, fn: Callable[[], Any]) -> None:
-        """Have a thread of `pool` call `fn`, likewise."""
+    def submit_to(
+        self, pool: Pool, deferred: Deferred, fn: Callable[[], Any], then: Callable[[], None] | None = None
+    ) -> None:
+        """Have a thread of `pool` call `fn`, likewise, and `then` after it."""
         self._latest = monotonic()
         try:
-            pool.submit(partial(self._do, deferred, fn))
+            pool.submit(partial(self._do, deferred, fn, then))
         except RuntimeError as exc:
             self.ready.append(Due(deferred, None, OSError(errno.EAGAIN, f"no thread: {exc}")))
 
@@ -106,8 +108,10 @@ class Workers:
         self._calls.close()
         os.close(self.fd)
 
-    def _do(self, deferred: Deferred, fn: Callable[[], Any]) -> None:
+    def _do(self, deferred: Deferred, fn: Callable[[], Any], then: Callable[[], None] | None) -> None:
         self._back(_done(deferred, fn))
+        if then is not None:
+            then()
 
     def _back(self, due: Due) -> None:
         self.ready.append(due)
