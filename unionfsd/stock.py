@@ -13,7 +13,6 @@ Rules this file obeys:
 from __future__ import annotations
 
 import contextlib
-import os
 from collections import deque
 from time import monotonic
 
@@ -39,7 +38,7 @@ class Stock:
         while self._waiting:
             made, fd = self._waiting.popleft()
             if self._taken - made < _SOON:
-                os.fchmod(fd.fd, mode)
+                syscalls.chmod(fd.fd, mode)
                 return fd
             fd.close()
         return syscalls.tmpfile_at(self._dirfd, mode)

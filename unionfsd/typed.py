@@ -55,33 +55,36 @@ else:
         def __init__(self, name):
             pass
 
-    class _Named(tuple):
-        """What tuples with names have in common: the methods of collections.namedtuple."""
+    def _make(cls, values):
+        made = tuple.__new__(cls, values)
+        if len(made) != len(cls._fields):
+            raise TypeError(f"{cls.__name__} takes {len(cls._fields)} values, not {len(made)}")
+        return made
 
-        __slots__ = ()
+    def _replace(self, /, **changed):
+        made = tuple.__new__(type(self), map(changed.pop, self._fields, self))
+        if changed:
+            raise ValueError(f"{type(self).__name__} has no {sorted(changed)[0]!r}")
+        return made
 
-        @classmethod
-        def _make(cls, values):
-            made = tuple.__new__(cls, values)
-            if len(made) != len(cls._fields):
-                raise TypeError(f"{cls.__name__} takes {len(cls._fields)} values, not {len(made)}")
-            return made
+    def _asdict(self):
+        return dict(zip(self._fields, self, strict=True))
 
-        def _replace(self, /, **changed):
-            made = tuple.__new__(type(self), map(changed.pop, self._fields, self))
-            if changed:
-                raise TypeError(f"{type(self).__name__} has no {sorted(changed)[0]!r}")
-            return made
+    def _repr(self):
+        fields = ", ".join(f"{name}={value!r}" for name, value in zip(self._fields, self, strict=True))
+        return f"{type(self).__name__}({fields})"
 
-        def _asdict(self):
-            return dict(zip(self._fields, self, strict=True))
+    def _values(self):
+        return tuple(self)
 
-        def __repr__(self):
-            fields = ", ".join(f"{name}={value!r}" for name, value in zip(self._fields, self, strict=True))
-            return f"{type(self).__name__}({fields})"
-
-        def __getnewargs__(self):
-            return tuple(self)
+    _COMMON = {
+        "__slots__": (),
+        "__repr__": _repr,
+        "__getnewargs__": _values,
+        "_make": classmethod(_make),
+        "_replace": _replace,
+        "_asdict": _asdict,
+    }
 
     _CONSTRUCTORS = {}
 
@@ -101,8 +104,11 @@ else:
             fields = tuple(body.get("__annotations__", ()))
             defaults = tuple(body.pop(field) for field in fields if field in body)
             made = FunctionType(_constructor(fields), {"_new": tuple.__new__}, "__new__", defaults)
+            made.__qualname__ = f"{name}.__new__"
             own = {field: _field(index, None) for index, field in enumerate(fields)}
-            own |= {"__slots__": (), "_fields": fields, "__match_args__": fields, "__new__": made}
-            return type(name, (_Named,), own | body)
+            own |= {"__new__": made, "__match_args__": fields, "_fields": fields}
+            own["_field_defaults"] = dict(zip(fields[len(fields) - len(defaults) :], defaults, strict=True))
+            own["__doc__"] = f"{name}({', '.join(fields)})"
+            return type(name, (tuple,), own | _COMMON | body)
 
     NamedTuple = type.__new__(_Fields, "NamedTuple", (), {})

@@ -11,6 +11,7 @@ import pkgutil
 import subprocess
 import sys
 import typing
+from collections.abc import Callable
 
 import pytest
 
@@ -106,10 +107,43 @@ def test_a_named_tuple_does_what_is_expected_of_one() -> None:
     match point:
         case Point(x, y):
             assert (x, y) == (1, 2)
-    with pytest.raises(TypeError):
-        Point()  # type: ignore[call-arg]
     with pytest.raises(AttributeError):
         point.x = 3  # type: ignore[misc]
+    assert not hasattr(point, "__dict__")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: Point(),  # type: ignore[call-arg]
+        lambda: Point(1, 2, 3),  # type: ignore[call-arg]
+        lambda: Point(1, z=4),  # type: ignore[call-arg]
+        lambda: Point(1, x=4),  # type: ignore[misc]
+        lambda: Point._make([1]),
+        lambda: Point._make([1, 2, 3]),
+    ],
+)
+def test_a_named_tuple_takes_its_fields_and_nothing_else(wrong: Callable[[], object]) -> None:
+    with pytest.raises(TypeError, match="Point"):
+        wrong()
+
+
+def test_a_field_that_there_is_not_can_not_be_replaced() -> None:
+    with pytest.raises(ValueError, match="Point has no 'z'"):
+        Point(1)._replace(z=2)  # type: ignore[call-arg]
+
+
+def test_named_tuples_of_as_many_fields_have_their_own_names() -> None:
+    class Other(typed.NamedTuple):
+        across: int
+        down: int
+
+    class Empty(typed.NamedTuple):
+        pass
+
+    assert (Other(down=1, across=2), Point(y=1, x=2).y, Empty()) == ((2, 1), 1, ())
+    with pytest.raises(TypeError, match="'x'"):
+        Other(x=1, y=2)  # type: ignore[call-arg]
 
 
 def test_the_whole_configuration_is_such_a_tuple() -> None:
