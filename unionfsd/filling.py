@@ -55,7 +55,7 @@ class Filling(NamedTuple):
 
     def run(self, *, sync: bool) -> int:
         """Do it, in a thread; returns the bytes copied."""
-        copied, fresh = _give(self.target, self.source, self.elsewhere, self.length, self.check)
+        copied, fresh = _give(self.target, self.source, self.elsewhere, self.length, self.check, sync=sync)
         self._finish()
         if sync and fresh:
             syscalls.fsync(self.target.fd)
@@ -105,13 +105,15 @@ def _put(fd: int, data: memoryview) -> None:
 
 def fill_data(target: Fd, source: Fd, where: Source, length: int, check: Check | None, *, sync: bool) -> int:
     """Give `target` the first `length` bytes of `source`; returns the bytes copied. Runs in a thread."""
-    copied, fresh = _give(target, source, where, length, check)
+    copied, fresh = _give(target, source, where, length, check, sync=sync)
     if sync and fresh:
         syscalls.fsync(target.fd)
     return copied
 
 
-def _give(target: Fd, source: Fd, where: Source | None, length: int, check: Check | None) -> tuple[int, bool]:
+def _give(
+    target: Fd, source: Fd, where: Source | None, length: int, check: Check | None, *, sync: bool
+) -> tuple[int, bool]:
     """Give `target` the first `length` bytes of `source`, which is `where`, checked if they must be.
 
     Returns the bytes copied, and whether there is data that is not on disk.
@@ -127,7 +129,7 @@ def _give(target: Fd, source: Fd, where: Source | None, length: int, check: Chec
         copied, fresh = 0, False
     else:
         available = length if where is None else min(length, st.st_size)
-        copied, fresh = copy_data(source.fd, target.fd, available, st), True
+        copied, fresh = copy_data(source.fd, target.fd, available, st, sync=sync), True
         if available != length:
             syscalls.truncate(target.fd, length)
     if check is not None and length == st.st_size:

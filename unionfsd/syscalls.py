@@ -312,9 +312,12 @@ def clone(dst: int, src: int) -> None:
     fcntl.ioctl(dst, FICLONE, src)
 
 
-def copy_range(src: int, dst: int, count: int, src_offset: int, dst_offset: int) -> int:
-    """copy_file_range(2); returns the bytes copied, 0 at end of file."""
-    return os.copy_file_range(src, dst, count, src_offset, dst_offset)
+def copy_range(src: int, dst: int, count: int, offset: int, to: int, *, write_out: bool = False) -> int:
+    """copy_file_range(2); returns the bytes copied, 0 at end of file. `write_out`: written out at once."""
+    done = os.copy_file_range(src, dst, count, offset, to)
+    if write_out:  # no promise is made: whoever needs one calls fsync, which tells what failed
+        _libc.sync_file_range(dst, ctypes.c_int64(to), ctypes.c_int64(done), _SYNC_FILE_RANGE_WRITE)
+    return done
 
 
 _fallocate = _libc.fallocate64
@@ -424,6 +427,7 @@ def clone_mount(path: bytes, attributes: int) -> Fd:
     return tree
 
 
+_SYNC_FILE_RANGE_WRITE: Final = 2
 _AF_UNIX: Final = 1
 _SOCK_STREAM: Final = 1 | os.O_NONBLOCK | os.O_CLOEXEC
 

@@ -20,7 +20,7 @@ from tests import harness
 from tests.harness import Layers, MountFactory
 from tests.trees import ACCESS, CAPABILITY, DEFAULT, Tag, acl, capability
 from tests.union.trees import OLD, Obj, build, directory, read_record, regular, symlink
-from unionfsd import steps, syscalls
+from unionfsd import filecopy, steps, syscalls
 from unionfsd.copyup import CopyUp
 from unionfsd.fdcache import FdCache
 from unionfsd.filecopy import copy_data, share_data
@@ -154,12 +154,12 @@ _layouts = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 3 * PAGE)), max
 
 
 @pytest.mark.parametrize("kernel_copies", [True, False])
-@given(layout=_layouts, tail=st.integers(0, 3 * PAGE), share=st.floats(0, 1.2))
+@given(layout=_layouts, tail=st.integers(0, 3 * PAGE), share=st.floats(0, 1.2), sync=st.booleans())
 @settings(deadline=None, max_examples=60)
 def test_data_comes_along_and_holes_stay_holes(
-    kernel_copies: bool, layout: list[tuple[int, int]], tail: int, share: float
+    kernel_copies: bool, layout: list[tuple[int, int]], tail: int, share: float, sync: bool
 ) -> None:
-    """Pieces of data anywhere, a hole at the end, and any length of it asked for."""
+    """Pieces of data anywhere, a hole at the end, and any length of it asked for; in strides if it is synced next."""
 
     def write(fd: int) -> None:
         for page, length in layout:
@@ -171,7 +171,8 @@ def test_data_comes_along_and_holes_stay_holes(
             refuse_call(patch, "copy_range", errno.EXDEV)
         found = os.fstat(source)
         length = min(found.st_size, int(found.st_size * share))
-        copied = copy_data(source, target, length, found)
+        patch.setattr(filecopy, "_STRIDE", PAGE)
+        copied = copy_data(source, target, length, found, sync=sync)
         assert read_all(target) == read_all(source)[:length]
         assert copied <= length
         if copied < length:
@@ -179,7 +180,7 @@ def test_data_comes_along_and_holes_stay_holes(
 
 
 def refuse_call(patch: pytest.MonkeyPatch, name: str, number: int) -> None:
-    def call(*args: object) -> None:
+    def call(*args: object, **options: object) -> None:
         raise OSError(number, os.strerror(number))
 
     patch.setattr(syscalls, name, call)
@@ -188,7 +189,7 @@ def refuse_call(patch: pytest.MonkeyPatch, name: str, number: int) -> None:
 def test_a_hole_is_not_read() -> None:
     """A terabyte of nothing."""
     with files(harness.DISK, lambda fd: os.pwrite(fd, b"end", 1 << 40)) as (source, target):
-        assert copy_data(source, target, (1 << 40) + 3, os.fstat(source)) <= PAGE
+        assert copy_data(source, target, (1 << 40) + 3, os.fstat(source), sync=True) <= PAGE
         assert os.fstat(target).st_size == (1 << 40) + 3
         assert os.pread(target, 10, 1 << 40) == b"end"
 
@@ -201,7 +202,7 @@ def test_where_holes_cannot_be_found_everything_is_copied(number: int, monkeypat
     with files(harness.DISK, lambda fd: os.pwrite(fd, b"end", 10 * PAGE)) as (source, target):
         with monkeypatch.context() as patch:
             patch.setattr("os.lseek", lseek)
-            assert copy_data(source, target, 10 * PAGE + 3, os.fstat(source)) == 10 * PAGE + 3
+            assert copy_data(source, target, 10 * PAGE + 3, os.fstat(source), sync=True) == 10 * PAGE + 3
         assert read_all(target) == read_all(source)
 
 
@@ -213,7 +214,7 @@ def test_a_source_that_shrinks_is_an_error(kernel_copies: bool, monkeypatch: pyt
         if not kernel_copies:
             refuse_call(monkeypatch, "copy_range", errno.EXDEV)
         with pytest.raises(OSError) as caught:
-            copy_data(source, target, found.st_size, found)
+            copy_data(source, target, found.st_size, found, sync=False)
         assert caught.value.errno == errno.EIO
 
 
@@ -222,7 +223,7 @@ def test_a_failing_disk_is_not_taken_for_a_missing_feature(name: str, monkeypatc
     with files(harness.DISK, lambda fd: os.pwrite(fd, b"x" * PAGE, 0)) as (source, target):
         refuse_call(monkeypatch, name, errno.ENOSPC)
         with pytest.raises(OSError) as caught:
-            share_data(source, target) or copy_data(source, target, PAGE, os.fstat(source))
+            share_data(source, target) or copy_data(source, target, PAGE, os.fstat(source), sync=False)
         assert caught.value.errno == errno.ENOSPC
 
 
