@@ -15,14 +15,14 @@ from __future__ import annotations
 import stat
 from _blake2 import blake2b  # hashlib's own; hashlib itself loads OpenSSL, a twentieth of the start
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from operator import itemgetter
 
 from . import format as fmt
 from . import syscalls
 from .fdcache import FdCache
-from .layers import DirEntry, Layer, LayerStack, LowerDir, is_xattr_whiteout
+from .layers import DirEntry, Layer, LayerStack, LowerDir, Scanned, is_xattr_whiteout
 from .remote import AskedError, together
 from .typed import Final, NamedTuple, Protocol, TypeAlias
 
@@ -83,6 +83,19 @@ class LowerNames:
         """A name that none of the lowers above has."""
         self._packed[name] = (ino << _LOWER_BITS | lower) << _TYPE_BITS | kind
 
+    def add_files(self, entries: Iterable[Scanned], lower: int, number: Callable[[int], int]) -> Iterator[Scanned]:
+        """Add those regular files among `entries` of a lower that none above it has; returns the rest, to be looked at.
+
+        `number` makes an inode number of an entry's.
+        """
+        packed, shift, low = self._packed, _LOWER_BITS + _TYPE_BITS, lower << _TYPE_BITS | DT_REG
+        for scanned in entries:
+            name, entry = scanned
+            if name not in packed and entry.is_file(follow_symlinks=False) and not name.startswith(fmt.WH):
+                packed[name] = number(entry.inode()) << shift | low
+            else:
+                yield scanned
+
     def items(self) -> Iterator[tuple[bytes, LowerName]]:
         for name, packed in self._packed.items():
             yield name, _unpack(packed)
@@ -116,12 +129,11 @@ def _merge_lower(
     number = stack.entry_inos(lower.layer)
     xwhiteouts = lower.marks(fds).xwhiteouts
     fd = lower.open(fds)
-    for name, entry in lower.layer.scan(fd):
+    entries = lower.layer.scan(fd)
+    for name, entry in entries if xwhiteouts or closed else merged.add_files(entries, index, number):
         if fmt.is_reserved(name):
             if target := fmt.wh_target(name):
                 hidden.append(target)
-        elif not xwhiteouts and name not in merged and name not in closed and entry.is_file(follow_symlinks=False):
-            merged.add(name, DT_REG, number(entry.inode()), index)
         elif name not in closed:
             try:
                 kind = entry_type(fd, name, entry, xwhiteouts=xwhiteouts)
@@ -167,11 +179,12 @@ Dirent: TypeAlias = tuple[bytes, int, int, int]
 
 _DOT_COOKIE: Final = 1
 _DOTDOT_COOKIE: Final = 2
+_FIRST_COOKIE: Final = 3
 
 
 def cookie_of(name: bytes) -> int:
     """A positive number below 2**63 that depends on `name` alone."""
-    return (int.from_bytes(blake2b(name, digest_size=8).digest(), "little") >> 2) + 3
+    return (int.from_bytes(blake2b(name, digest_size=8).digest(), "little") >> 2) + _FIRST_COOKIE
 
 
 _cookie: Final = itemgetter(3)
@@ -186,7 +199,11 @@ class Listing:
 
     def __init__(self, ino: int, parent_ino: int, rows: Iterable[Row]) -> None:
         """`ino` and `parent_ino` are of the dots."""
-        self._entries = [(name, number, kind, cookie_of(name)) for name, number, kind in rows]
+        new, of_bytes = blake2b, int.from_bytes  # `cookie_of`, without a call
+        self._entries = [
+            (name, number, kind, (of_bytes(new(name, digest_size=8).digest(), "little") >> 2) + _FIRST_COOKIE)
+            for name, number, kind in rows
+        ]
         self._entries.sort(key=_cookie)
         self._entries[:0] = (b".", ino, DT_DIR, _DOT_COOKIE), (b"..", parent_ino, DT_DIR, _DOTDOT_COOKIE)
 
