@@ -493,6 +493,21 @@ def test_a_quiet_mount_waits_for_somebody_who_needs_the_loop(union: FakeUnion) -
     assert 0.02 < looks[-1] - looks[0] < 10
 
 
+def test_a_mount_that_nobody_uses_looks_less_and_less_often(union: FakeUnion) -> None:
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    looks: list[None] = []
+
+    def wanted() -> bool:
+        looks.append(None)
+        return False
+
+    with near, far:
+        channel = Channel(union, near.fileno(), CONFIG, lambda: None)  # type: ignore[arg-type]
+        channel.begin(wanted, 0.7)
+        channel.close()
+    assert 1 < len(looks) < 12, "it would be 35 at the first pace"
+
+
 def test_a_mount_that_is_gone_needs_no_loop(union: FakeUnion) -> None:
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with near:

@@ -64,7 +64,7 @@ _BURST: Final = 32
 """Requests between two looks at the clock when they come faster than they are answered."""
 
 _QUIET_MS: Final = 20
-"""Milliseconds without a request after which the start goes on."""
+"""Milliseconds without a request after which the start may go on; up to five times that before each further look."""
 _BEGINNING: Final = 5.0
 """Seconds after which it goes on even while requests keep coming, or as soon as somebody else waits for us."""
 _GLANCE: Final = 0.05
@@ -130,10 +130,10 @@ class Channel:
         """
         os.set_blocking(self._fd, False)
         now = monotonic()
-        end, calm = now + _BEGINNING, now + patience
-        glance = 0.0
-        while (busy := self._serve_one()) or (now < calm and not self.gone):
+        end, calm, glance, quiet = now + _BEGINNING, now + patience, 0.0, _QUIET_MS
+        while (busy := self._serve_one(quiet)) or (now < calm and not self.gone):
             now = monotonic()
+            quiet = _QUIET_MS if busy else min(2 * quiet, 5 * _QUIET_MS)
             if not busy:
                 self._ledger.rest()
             if now > glance or not busy:
@@ -145,15 +145,15 @@ class Channel:
         """What takes the place of `run` where the mount is `gone`."""
         self._workers.close()
 
-    def _serve_one(self) -> bool:
-        """Answer the next request, or go on with an operation; False when there is nothing to do for a moment."""
+    def _serve_one(self, quiet: int) -> bool:
+        """Answer the next request, or go on with an operation; False when for `quiet` ms there is nothing to do."""
         if self._workers.ready:
             self._go_on()
             return True
         try:
             received = os.readv(self._fd, self._exchange.inbox.vector)
         except BlockingIOError:
-            return self._linger(_QUIET_MS) or bool(self._deferred)
+            return self._linger(quiet) or bool(self._deferred)
         except OSError as exc:
             self.gone = exc.errno in _GONE and not self._deferred
             return False  # `run` meets it again, and knows what to do
