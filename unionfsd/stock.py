@@ -29,16 +29,17 @@ class Stock:
 
     def __init__(self, dirfd: int) -> None:
         self._dirfd = dirfd
-        self._waiting: deque[tuple[float, Fd]] = deque()
+        self._waiting: deque[tuple[float, int, Fd]] = deque()
         self._taken = 0.0
 
     def take(self, mode: int) -> Fd:
         """An empty regular file of `mode` without a name, opened O_RDWR; raises what openat does."""
         self._taken = monotonic()
         while self._waiting:
-            made, fd = self._waiting.popleft()
+            made, has, fd = self._waiting.popleft()
             if self._taken - made < _SOON:
-                syscalls.chmod(fd.fd, mode)
+                if has != mode:
+                    syscalls.chmod(fd.fd, mode)
                 return fd
             fd.close()
         return syscalls.tmpfile_at(self._dirfd, mode)
@@ -50,9 +51,9 @@ class Stock:
         """
         if not self._waiting and monotonic() - self._taken < _SOON:
             with contextlib.suppress(OSError):
-                self._waiting.append((monotonic(), syscalls.tmpfile_at(self._dirfd, mode)))
+                self._waiting.append((monotonic(), mode, syscalls.tmpfile_at(self._dirfd, mode)))
 
     def close(self) -> None:
         """Close what waits."""
         while self._waiting:
-            self._waiting.popleft()[1].close()
+            self._waiting.popleft()[2].close()
