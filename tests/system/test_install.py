@@ -67,6 +67,24 @@ def test_the_program_by_each_of_its_names(name: str, prefix: Path) -> None:
     assert run(prefix / name, "--version") == f"unionfsd {__version__}\n"
 
 
+def test_a_python_that_others_cannot_run_is_told_of(disk: Path) -> None:
+    program = disk / "open" / "closed" / "program"
+    program.parent.mkdir(parents=True)
+    program.touch()
+    for directory in (disk, disk / "open", program.parent, program):
+        directory.chmod(0o755)
+
+    def closed() -> str:
+        command = [PROJECT / "scripts" / "closed-to-others", program]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+    assert closed() == ""
+    program.parent.chmod(0o700)
+    assert closed() == f"{program.parent}\n"
+    program.chmod(0o644)
+    assert closed() == f"{program}\n"
+
+
 def test_the_installed_program_mounts(prefix: Path, layers: Layers) -> None:
     (layers.lower / "file").write_text("lower\n")
     run(prefix / "bin" / "fuse-overlayfs", "-o", layers.options(), layers.mnt)
