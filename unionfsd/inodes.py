@@ -215,7 +215,7 @@ class NodeTable:
 
     def add(self, parent: DirNode, name: bytes, entry: Entry, ino: int, *, directory: bool) -> Node:
         """A new node for `name` in `parent`, where no node is known."""
-        kind, flags = (DirNode, int(Flag.DIRECTORY)) if directory else (Node, 0)
+        kind, flags = (DirNode, Flag.DIRECTORY) if directory else (Node, 0)
         nodeid = self.ledger.add(parent.nodeid, name, ino, flags)
         node = kind(nodeid, parent, name, entry, ino)
         self._nodes[nodeid] = node

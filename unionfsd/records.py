@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import enum
 
-from unionfsd.typed import NamedTuple
+from unionfsd.typed import Final, NamedTuple
 
 
-class Flag(enum.IntFlag):
-    """What a record is."""
+class Flag:
+    """What a record is. Plain numbers: members of an enum.IntFlag take a microsecond each time they are combined."""
 
-    DIRECTORY = 1
-    UNLINKED = 2
+    DIRECTORY: Final = 1
+    UNLINKED: Final = 2
     """The node has no name any more."""
-    ALIAS = 4
+    ALIAS: Final = 4
     """A further name of a node."""
-    LINKED = 8
+    LINKED: Final = 8
     """The node may have further names that nobody has looked up."""
-    LOWER = 16
+    LOWER: Final = 16
     """It is found by its name in the lowers: a file that was only there when it lost its last name, or a directory."""
-    OPENS = 32
+    OPENS: Final = 32
     """No node, but what the kernel has open of one, its `parent`; see `Ledger.tally_open`."""
 
 
