@@ -86,7 +86,7 @@ class Dirs:
         at = 0
         entries = union.listdir(nodeid, cookie)
         eager = union.eager(nodeid)
-        entry = _NO_ENTRY
+        entry = _NO_ENTRY  # the dots', which come first, if they come
         for name, ino, kind, after in entries:
             length = len(name)
             form = self._forms.get(length) or self._form(length)
