@@ -222,7 +222,7 @@ _VALUED: Final = frozenset(("-o", "--config", "-t", "-N"))
 
 
 def _getopt() -> ModuleType:
-    """The module, without the translations of its messages, which would load `re`: a fifteenth of the start."""
+    """The module, without the translations of its messages, which would load `re`."""
     translations = "gettext" not in sys.modules and sys.modules.setdefault("gettext", cast("Any", None)) is None
     import getopt
 

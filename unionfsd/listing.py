@@ -199,11 +199,7 @@ class Listing:
 
     def __init__(self, ino: int, parent_ino: int, rows: Iterable[Row]) -> None:
         """`ino` and `parent_ino` are of the dots."""
-        new, of_bytes = blake2b, int.from_bytes  # `cookie_of`, without a call
-        self._entries = [
-            (name, number, kind, (of_bytes(new(name, digest_size=8).digest(), "little") >> 2) + _FIRST_COOKIE)
-            for name, number, kind in rows
-        ]
+        self._entries = [(name, number, kind, cookie_of(name)) for name, number, kind in rows]
         self._entries.sort(key=_cookie)
         self._entries[:0] = (b".", ino, DT_DIR, _DOT_COOKIE), (b"..", parent_ino, DT_DIR, _DOTDOT_COOKIE)
 

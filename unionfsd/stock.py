@@ -7,7 +7,8 @@ the next, while its name is given to the first and the next request is on its wa
 Rules this file obeys:
 
 - A file that waits has no name, so nothing is left of it whatever happens.
-- It is used soon or not at all: its birth time is seen.
+- It is used soon or not at all: its birth time is seen. The last of a row waits until the next copy-up or the end of
+  the mount.
 """
 
 from __future__ import annotations
@@ -31,13 +32,16 @@ class Stock:
         self._dirfd = dirfd
         self._waiting: deque[tuple[float, int, Fd]] = deque()
         self._taken = 0.0
+        self._in_a_row = False
 
     def take(self, mode: int) -> Fd:
         """An empty regular file of `mode` without a name, opened O_RDWR; raises what openat does."""
-        self._taken = monotonic()
+        now = monotonic()
+        self._in_a_row = now - self._taken < _SOON
+        self._taken = now
         while self._waiting:
             made, has, fd = self._waiting.popleft()
-            if self._taken - made < _SOON:
+            if now - made < _SOON:
                 if has != mode:
                     syscalls.chmod(fd.fd, mode)
                 return fd
@@ -45,11 +49,11 @@ class Stock:
         return syscalls.tmpfile_at(self._dirfd, mode)
 
     def add(self, mode: int) -> None:
-        """In any thread: make the next one, most likely of `mode`, if one was taken just now.
+        """In any thread: make the next one, most likely of `mode`, if one was taken just now, and one just before it.
 
         Best effort: what fails here is tried again, and reported, when the file is needed.
         """
-        if not self._waiting and monotonic() - self._taken < _SOON:
+        if self._in_a_row and not self._waiting and monotonic() - self._taken < _SOON:
             with contextlib.suppress(OSError):
                 self._waiting.append((monotonic(), mode, syscalls.tmpfile_at(self._dirfd, mode)))
 

@@ -52,6 +52,7 @@ MOUNT_ATTR_NOATIME: Final = 0x10
 _MOUNT_ATTR__ATIME: Final = 0x70
 
 FICLONE: Final = 0x40049409
+_SYNC_FILE_RANGE_WRITE: Final = 2
 
 #: Functions of this module that change a file system; the core calls them through the module, always.
 MUTATING: Final = (
@@ -313,7 +314,7 @@ def clone(dst: int, src: int) -> None:
 
 
 def copy_range(src: int, dst: int, count: int, offset: int, to: int, *, write_out: bool = False) -> int:
-    """copy_file_range(2); returns the bytes copied, 0 at end of file. `write_out`: written out at once."""
+    """copy_file_range(2); returns the bytes copied, 0 at end of file. `write_out`: the disk begins with them."""
     done = os.copy_file_range(src, dst, count, offset, to)
     if write_out:  # no promise is made: whoever needs one calls fsync, which tells what failed
         _libc.sync_file_range(dst, ctypes.c_int64(to), ctypes.c_int64(done), _SYNC_FILE_RANGE_WRITE)
@@ -427,7 +428,6 @@ def clone_mount(path: bytes, attributes: int) -> Fd:
     return tree
 
 
-_SYNC_FILE_RANGE_WRITE: Final = 2
 _AF_UNIX: Final = 1
 _SOCK_STREAM: Final = 1 | os.O_NONBLOCK | os.O_CLOEXEC
 

@@ -467,6 +467,30 @@ def test_work_begins_before_there_is_an_event_loop(union: FakeUnion, monkeypatch
         assert sorted(wire.OUT_HEADER.unpack(far.recv(4096))[2] for _ in range(3)) == [2, 4, 6]
 
 
+def test_what_may_follow_a_step_follows_it(union: FakeUnion, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    ended = threading.Event()
+
+    def then() -> None:
+        order.append("then")
+        ended.set()
+
+    def fsync(nodeid: int, datasync: bool) -> Op[None]:
+        yield Blocking(lambda: order.append("step"), then=then)
+
+    monkeypatch.setattr(union, "fsync", fsync)
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with near, far:
+        body = wire.FSYNC_IN.pack(0, 0)
+        far.send(wire.IN_HEADER.pack(wire.BODY + len(body), Opcode.FSYNC, 2, 1, 0, 0, 0, 0) + body)
+        channel = Channel(union, near.fileno(), CONFIG, lambda: None)  # type: ignore[arg-type]
+        channel.begin()
+        assert wire.OUT_HEADER.unpack(far.recv(4096))[2] == 2
+        assert ended.wait(10)
+        channel.close()
+    assert order == ["step", "then"]
+
+
 def test_the_beginning_ends_when_somebody_else_waits(union: FakeUnion) -> None:
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     request = wire.IN_HEADER.pack(wire.BODY, Opcode.STATFS, 2, 1, 0, 0, 0, 0)

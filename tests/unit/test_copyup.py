@@ -489,13 +489,15 @@ def test_two_copy_ups_of_one_file_are_one(union: Opened, layers: Layers) -> None
     assert union.counters.copy_ups == 1
 
 
-def test_a_copy_up_leaves_a_file_for_the_next_one(
+def test_copy_ups_in_a_row_leave_a_file_for_the_next_one(
     union: Opened, layers: Layers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (layers.lower / "one").write_text("1")
+    for name in ("zero", "one"):
+        (layers.lower / name).write_text("1")
     (layers.lower / "two").write_text("two")
     (layers.lower / "two").chmod(0o755)
     (layers.lower / "three").write_text("3")
+    union.up("zero")
     first = union.copy_up.node(union.node("one"))
     copying = begin(first)
     assert isinstance(copying, Blocking)

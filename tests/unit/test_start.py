@@ -46,6 +46,17 @@ def test_what_a_mount_needs_is_not_imported_with_what_it_does_not() -> None:
     assert not brought & COSTLY
 
 
+def test_words_are_read_without_what_only_messages_need() -> None:
+    program = (
+        f"import sys; sys.path.append({str(PROJECT)!r})\n"
+        "from unionfsd.cli import _words\n"
+        "print(_words(['-o', 'ro', '/m']).options, 're' in sys.modules, 'gettext' in sys.modules)\n"
+        "import gettext\n"
+    )
+    done = subprocess.run([sys.executable, "-IS", "-c", program], stdout=subprocess.PIPE, check=True, text=True)
+    assert done.stdout == "['ro'] False False\n"
+
+
 # `typed` against typing.
 
 
