@@ -8,9 +8,7 @@ import itertools
 import mmap
 import os
 import re
-import statistics
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -172,37 +170,6 @@ def _with_bound(disk: Path, nodes: int) -> Path:
     script.write_text(f"#!/bin/sh\nexec '{sys.executable}' -c '{code}' \"$@\"\n")
     script.chmod(0o755)
     return script
-
-
-def test_stats_go_on_while_a_file_is_copied_up(layers: Layers) -> None:
-    """None waits for the copy, and deferred requests of others are served too."""
-    with (layers.lower / "big").open("wb") as big:
-        for _ in range(256):
-            big.write(os.urandom(1 << 20))
-    for number in range(2000):
-        (layers.lower / f"small{number}").touch()
-    with Daemon(layers, CHANNEL) as daemon:
-        waits: list[float] = []
-        done = threading.Event()
-
-        def copy_up() -> None:
-            in_child(lambda: os.truncate(daemon / "big", (256 << 20) - 1))
-            done.set()
-
-        thread = threading.Thread(target=copy_up)
-        thread.start()
-        start = time.monotonic()
-        for number in range(2000):
-            if done.is_set():
-                break
-            before = time.monotonic()
-            os.stat(daemon / f"small{number}")
-            waits.append(time.monotonic() - before)
-        thread.join()
-        took = time.monotonic() - start
-    assert len(waits) > 20
-    assert max(waits) < took / 2
-    assert statistics.median(waits) < 0.01
 
 
 def test_a_shared_mapping_and_writes_agree_across_copy_up(layers: Layers) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import Daemon, Layers, LogPolicy, OverlayFS, in_child
+from tests.harness import Daemon, Layers, LogPolicy, OverlayFS, in_child, wait_for
 from tests.mount.test_channel import messages
 from tests.trees import compare_trees, digest
 
@@ -93,7 +93,7 @@ def test_nothing_stays_open_when_files_are_closed(traced: Daemon) -> None:
     work()
     before = traced.fds()
     work()
-    assert traced.fds() <= before
+    wait_for(lambda: traced.fds() <= before, "descriptors of closed files stay open")
 
 
 # What attributes say.
