@@ -42,6 +42,9 @@ log = get_logger("unionfsd.daemon")  # as who reads the log has always known it
 _PATIENCE: Final = 5.0
 _SOON: Final = 0.02
 """Seconds that whoever waited for the mount has for a first request, before anything is done that may wait."""
+_LEAVING: Final = 1.0
+"""Seconds that a busy mount which is to end has for those who leave it by themselves: those who waited for the end of a
+freeze, processes that are ended together with us."""
 _LOADING: Final = 60.0
 _TURN: Final = 0.0005
 """Seconds that a thread which imports may keep one that serves waiting."""
@@ -253,8 +256,9 @@ class Serving:
             await quiesce()
 
         async def unmount(lazy: bool) -> str:
+            patience = _LEAVING if self._union.frozen else 0.0
             self._union.thaw()
-            outcome = await trio.to_thread.run_sync(partial(mount.unmount, lazy=lazy))
+            outcome = await trio.to_thread.run_sync(partial(mount.unmount, lazy=lazy, patience=patience))
             return {Unmounted.GONE: "gone", Unmounted.DETACHED: "detached"}.get(outcome, "busy")
 
         return Mounted(
@@ -346,7 +350,8 @@ class Serving:
         """Unmount from a thread, because dirty pages are written to us meanwhile."""
         import trio
 
-        outcome = await trio.to_thread.run_sync(self._mount.unmount, abandon_on_cancel=True)
+        unmount = partial(self._mount.unmount, patience=_LEAVING)
+        outcome = await trio.to_thread.run_sync(unmount, abandon_on_cancel=True)
         if outcome is Unmounted.DETACHED:
             log.warning("busy: detached, and served until its last user leaves; a second signal ends it now")
         elif outcome is Unmounted.KEPT:

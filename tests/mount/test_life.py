@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 
 from tests.harness import DaemonFactory, Layers, MountFactory, litter, run, wait_for
 from tests.trees import describe, differences, errno_of, snapshot
+from unionfsd.fuse import mounting
+from unionfsd.syscalls import Fd
 
 pytestmark = pytest.mark.deviates  # each of them is about a daemon
 
@@ -77,6 +80,22 @@ def test_termination_unmounts(layers: Layers, daemon: DaemonFactory) -> None:
         os.kill(mount.pid, number)
         wait_for(lambda mount=mount: not mount.mounted, "not unmounted")  # type: ignore[misc]
     assert len(os.listdir(layers.upper)) == 2
+
+
+@pytest.mark.privileged
+def test_who_is_about_to_leave_is_waited_for(layers: Layers) -> None:
+    """The same for every file system: here nobody has to serve it."""
+    run("mount", "-t", "tmpfs", "tmpfs", layers.mnt)
+    (layers.mnt / "file").touch()
+    (place,) = (place for place in mounting.mounts() if place.path == os.fsencode(layers.mnt))
+    mount = mounting.Mount(Fd(os.open("/dev/null", os.O_RDONLY)), place)
+    with (layers.mnt / "file").open():
+        assert mount.unmount(lazy=False) is mounting.Unmounted.BUSY
+        assert mount.unmount(lazy=False, patience=0.1) is mounting.Unmounted.BUSY
+    leaving = subprocess.Popen(["sleep", "0.3"], cwd=layers.mnt)
+    assert mount.unmount(patience=60) is mounting.Unmounted.GONE
+    assert leaving.wait() == 0
+    mount.close()
 
 
 def test_the_mountpoint_is_not_held(layers: Layers, daemon: DaemonFactory) -> None:

@@ -18,6 +18,7 @@ import os
 import select
 import stat
 from collections.abc import Iterator
+from time import monotonic, sleep
 
 from unionfsd import errors, mountinfo, syscalls
 from unionfsd.errors import UserError
@@ -32,6 +33,9 @@ _DEVICE: Final = "/dev/fuse"
 _DEVICE_NUMBER: Final = os.makedev(10, 229)
 _FUSERMOUNT: Final = "fusermount3"
 _UNMOUNT_HINT: Final = "unmount it first: fusermount3 -u, or umount -l"
+
+#: Seconds between two attempts to unmount what is in use.
+_AGAIN: Final = 0.02
 
 # What fusermount3 knows of mount flags; it adds nosuid and nodev itself.
 _FUSERMOUNT_FLAGS: Final = (
@@ -51,6 +55,8 @@ class Unmounted(enum.Enum):
     """The mount is no more."""
     DETACHED = enum.auto()
     """It was busy: nobody can enter any more, and it is gone when its last user leaves."""
+    BUSY = enum.auto()
+    """It is in use, and as it was."""
     KEPT = enum.auto()
     """It could not be unmounted."""
 
@@ -94,11 +100,17 @@ class Mount:
             told = [line.split()[1] for line in info if line.startswith("fuse_connection:")]
         return int(told[0]) if told else None
 
-    def unmount(self, *, lazy: bool = True) -> Unmounted:
-        """Unmount, a busy mount only if `lazy`.
+    def unmount(self, *, lazy: bool = True, patience: float = 0.0) -> Unmounted:
+        """Unmount, a busy mount only if `lazy`, and only when it has been busy for `patience` seconds.
 
         May block until dirty pages are written, so not for the serving thread.
         """
+        end = monotonic() + patience
+        while (outcome := self._unmount(lazy=False)) is Unmounted.BUSY and monotonic() < end:
+            sleep(_AGAIN)
+        return self._unmount(lazy=True) if lazy and outcome is Unmounted.BUSY else outcome
+
+    def _unmount(self, *, lazy: bool) -> Unmounted:
         if self.place is None:
             return Unmounted.KEPT
         now = list(mounts())
@@ -191,7 +203,7 @@ def clear_dead(path: bytes) -> None:
         os.stat(path)
     except OSError as error:
         if error.errno == errno.ENOTCONN:
-            _unmount(os.path.realpath(path))
+            _unmount(os.path.realpath(path), lazy=True)
 
 
 def mounts() -> Iterator[Place]:
@@ -332,7 +344,7 @@ def _fusermount(arguments: list[bytes], environment: dict[str, str] | None = Non
 # Unmounting.
 
 
-def _unmount(path: bytes, *, lazy: bool = True) -> Unmounted:
+def _unmount(path: bytes, *, lazy: bool) -> Unmounted:
     try:
         return _unmount_directly(path, lazy=lazy)
     except PermissionError:
@@ -351,7 +363,7 @@ def _unmount_directly(path: bytes, *, lazy: bool) -> Unmounted:
         if error.errno != errno.EBUSY:
             raise
         if not lazy:
-            return Unmounted.KEPT
+            return Unmounted.BUSY
         syscalls.umount2(path, UMOUNT_NOFOLLOW | MNT_DETACH)
         return Unmounted.DETACHED
     return Unmounted.GONE
@@ -361,7 +373,7 @@ def _unmount_by_fusermount(path: bytes, *, lazy: bool) -> Unmounted:
     if _fusermount([b"-u", b"--", path]) is None:
         return Unmounted.GONE
     if not lazy:
-        return Unmounted.KEPT
+        return Unmounted.BUSY  # the likeliest reason; the lazy attempt says which it is
     failure = _fusermount([b"-u", b"-z", b"--", path])
     if failure is None:
         return Unmounted.DETACHED
