@@ -93,6 +93,8 @@ def mount_for(sender: int) -> NoReturn:
         given = _words(sys.argv[1:])
         if given.help or given.version or given.check or given.fake or given.foreground or given.namespace:
             os._exit(errors.OK)
+        if given.remounts:
+            os._exit(errors.OK)
         config = _config(given)
         if config.debug:
             os._exit(errors.OK)
@@ -124,11 +126,13 @@ def _run(arguments: list[str]) -> int:
         return main(["--version"])
     if given.check and not given.config:
         given.places = given.places or ["/"]  # where it would be mounted does not matter
+    if given.namespace:
+        raise UserError("-N is not supported", hint="enter the namespace first: nsenter --mount=NAMESPACE mount ...")
+    if given.remounts and not (given.check or given.config):
+        return _remount(given)
     config = _config(given)
     if given.check:
         return _check(config)
-    if given.namespace:
-        raise UserError("-N is not supported", hint="enter the namespace first: nsenter --mount=NAMESPACE mount ...")
     if given.fake:
         return errors.OK
     from unionfsd import daemon
@@ -140,6 +144,17 @@ def _run(arguments: list[str]) -> int:
 
         sparing.begin(config.spare, mount_for)
     return code
+
+
+def _remount(given: _Given) -> int:
+    from unionfsd.remounting import flags, remount
+
+    _, mountpoint = _places(given.places)
+    if given.fake:
+        flags(_options(given))
+    else:
+        remount(mountpoint, _options(given))
+    return errors.OK
 
 
 def _check(config: MountConfig) -> int:
@@ -203,6 +218,13 @@ class _Given:
         self.options: list[str] = []
         self.config = self.type = self.namespace = ""
         self.help = self.version = self.foreground = self.debug = self.fake = self.check = self.ignored = False
+
+    @property
+    def remounts(self) -> bool:
+        """Whether a mount that is there is to be changed."""
+        from unionfsd.options.text import split_options
+
+        return any("remount" in split_options(text) for text in self.options)
 
 
 _COMMON: Final = {"-h": "help", "--help": "help", "-V": "version", "--version": "version", "-o": "options"}

@@ -100,11 +100,23 @@ def test_a_failure_is_told_and_the_code_passed_on(namespace: Namespace) -> None:
     assert said == "unionfsd: lowerdir /nonexistent: No such file or directory (name an existing directory)\ncode 3\n"
 
 
-def test_options_change_by_remounting_without_the_helper(namespace: Namespace) -> None:
+def test_flags_change_by_remounting(namespace: Namespace) -> None:
     said = namespace(
-        'mount -t fuse.unionfsd layers "$mnt" -o "$options"\n'
-        'mount -o remount,ro "$mnt" 2>&1 || echo "code $?"\n'
-        'mount -i -o remount,ro "$mnt"; touch "$mnt/new" 2>&1 || true'
+        'mount -t fuse.unionfsd layers "$mnt" -o "$options,nodev"\n'
+        'mount -o remount,ro "$mnt"; touch "$mnt/new" 2>&1 || findmnt -nro OPTIONS "$mnt"\n'
+        'mount -o remount,rw,noexec "$mnt"; touch "$mnt/new"; findmnt -nro OPTIONS "$mnt"; ls "$mnt"'
     )
-    assert "option remount: not supported (for ro, nodev and the like use: mount -i -o remount,...)\ncode 2\n" in said
-    assert "Read-only file system" in said
+    refusal, read_only, writable, *names = said.splitlines()
+    assert "Read-only file system" in refusal
+    assert {"ro", "nodev"} <= set(read_only.split(","))
+    assert {"rw", "nodev", "noexec"} <= set(writable.split(","))
+    assert names == ["file", "new"]
+
+
+@pytest.mark.parametrize("upper", [True, False])
+def test_what_was_made_read_only_stays_so(upper: bool, namespace: Namespace) -> None:
+    options = f"{namespace.layers.options(upper=upper)},ro"
+    said = namespace(
+        f'mount -t fuse.unionfsd layers "$mnt" -o "{options}"\nmount -o remount,rw "$mnt" 2>&1 || echo "code $?"'
+    )
+    assert said.endswith(" Read-only file system (unmount it, and mount it with an upperdir and without ro)\ncode 5\n")

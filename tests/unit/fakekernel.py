@@ -37,10 +37,10 @@ class Kernel:
         self._end = trio.socket.from_stdlib_socket(end)
         self._unique = 0
 
-    async def send(self, opcode: int, body: bytes = b"", *, nodeid: int = 1, uid: int = 0) -> int:
+    async def send(self, opcode: int, body: bytes = b"", *, nodeid: int = 1, uid: int = 0, gid: int = 0) -> int:
         """Send one request; returns its unique."""
         self._unique += 2
-        header = wire.IN_HEADER.pack(wire.BODY + len(body), opcode, self._unique, nodeid, uid, 0, 0, 0)
+        header = wire.IN_HEADER.pack(wire.BODY + len(body), opcode, self._unique, nodeid, uid, gid, 0, 0)
         await self._end.send(header + body)
         return self._unique
 

@@ -15,7 +15,7 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.fakekernel import CONFIG, EVERYTHING, FakeUnion, Kernel, served
+from tests.unit.fakekernel import CONFIG, EVERYTHING, STAT, FakeUnion, Kernel, served
 from unionfsd.errors import UserError
 from unionfsd.fuse import abi, wire, workers
 from unionfsd.fuse.abi import InitFlag, Opcode
@@ -204,22 +204,29 @@ async def test_an_extended_attribute_longer_than_the_buffer(union: FakeUnion) ->
 
 
 @pytest.mark.parametrize(
-    ("permissions", "flags", "left"),
+    ("permissions", "gid", "flags", "left"),
     [
-        (0o104755, abi.FUSE_WRITE_KILL_SUIDGID, 0o755),
-        (0o102755, abi.FUSE_WRITE_KILL_SUIDGID, 0o755),
-        (0o102745, abi.FUSE_WRITE_KILL_SUIDGID, None),
-        (0o100644, abi.FUSE_WRITE_KILL_SUIDGID, None),
-        (0o104755, 0, None),
+        (0o104755, 1, abi.FUSE_WRITE_KILL_SUIDGID, 0o755),
+        (0o102755, STAT.st_gid, abi.FUSE_WRITE_KILL_SUIDGID, 0o755),
+        (0o102745, STAT.st_gid, abi.FUSE_WRITE_KILL_SUIDGID, None),
+        (0o102745, 1, abi.FUSE_WRITE_KILL_SUIDGID, 0o745),
+        (0o100644, 1, abi.FUSE_WRITE_KILL_SUIDGID, None),
+        (0o104755, 1, 0, None),
     ],
 )
 async def test_a_write_drops_privileges_when_the_kernel_says_so(
-    union: FakeUnion, monkeypatch: pytest.MonkeyPatch, permissions: int, flags: int, left: int | None
+    union: FakeUnion, monkeypatch: pytest.MonkeyPatch, permissions: int, gid: int, flags: int, left: int | None
 ) -> None:
+    """And the kernel is told that the mode is another, before it hears that the write is done."""
     st = union.getattr(1)
     monkeypatch.setattr(union, "getattr", lambda nodeid: st._replace(st=_with_mode(st.st, permissions)))
     async with served(union) as kernel:
-        reply = await kernel.call(Opcode.WRITE, write_in(3, b"data", flags), nodeid=8)
+        await kernel.send(Opcode.WRITE, write_in(3, b"data", flags), nodeid=8, gid=gid)
+        if left is not None:
+            told = await kernel.receive()
+            assert (told.unique, -told.error) == (0, abi.FUSE_NOTIFY_INVAL_INODE)
+            assert wire.INVAL_INODE_OUT.unpack(told.payload) == (8, -1, 0)
+        reply = await kernel.receive()
     assert wire.WRITE_OUT.unpack(reply.payload) == (4,)
     modes = [call[2].mode for call in union.calls if call[0] == "setattr"]
     assert modes == ([] if left is None else [left])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -164,7 +163,14 @@ def test_a_helper_does_not_enter_namespaces(tmp_path: Path, capsys: pytest.Captu
     assert "nsenter" in said
 
 
-def test_remount_is_refused_with_a_way_to_do_it(capsys: pytest.CaptureFixture[str]) -> None:
-    code, said = refused(capsys, "unionfsd", os.getcwd(), "-o", "remount,ro,lowerdir=/")
+def test_only_a_union_is_remounted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for place in (tmp_path, "/proc"):
+        code, said = refused(capsys, "unionfsd", str(place), "-o", "remount,ro,lowerdir=/")
+        assert (code, said) == (MOUNT, f"cannot remount {place}: no union is mounted there")
+    code, said = refused(capsys, "unionfsd", str(tmp_path), "-o", "remount,timeout=x")
     assert code == USAGE
-    assert "mount -i -o remount" in said
+
+
+@pytest.mark.usefixtures("helper")
+def test_a_remount_is_rehearsed(tmp_path: Path) -> None:
+    assert main(["unionfsd", str(tmp_path), "-f", "-o", "remount,ro"]) == 0

@@ -149,14 +149,22 @@ async def test_flush_is_ended_by_enosys() -> None:
 
 
 @pytest.mark.parametrize(
-    ("uid", "permissions", "left"),
-    [(0, 0o6755, None), (5, 0o6755, 0o755), (5, 0o6745, 0o2745), (5, 0o755, None), (5, 0o2745, None)],
+    ("uid", "permissions", "mine", "left"),
+    [
+        (0, 0o6755, False, None),
+        (5, 0o6755, False, 0o755),
+        (5, 0o6755, True, 0o755),
+        (5, 0o6745, False, 0o745),
+        (5, 0o6745, True, 0o2745),
+        (5, 0o755, False, None),
+        (5, 0o2745, True, None),
+    ],
 )
-async def test_truncating_open_takes_privileges_off(uid: int, permissions: int, left: int | None) -> None:
-    """setgid of a file that its group may not execute is a lock mark of old, not a privilege."""
+async def test_truncating_open_takes_privileges_off(uid: int, permissions: int, mine: bool, left: int | None) -> None:
+    """setgid of a file that its group may not execute is a lock mark of old, which the group may keep."""
     st = stat_of(stat.S_IFREG | permissions)
     union = FakeUnion(getattr=Attr(st, 777, 1), setattr=operation(Attr(st, 777, 1)), open=operation(None))
-    context = SimpleNamespace(uid=uid, gid=6, pid=7, umask=0)
+    context = SimpleNamespace(uid=uid, gid=st.st_gid + (not mine), pid=0, umask=0)
     handle = await operations(union).open(3, os.O_WRONLY | os.O_TRUNC, context)
     assert handle.fh == 3
     changes = [args[1] for name, args in union.calls if name == "setattr"]

@@ -100,7 +100,7 @@ class Channel:
         self._names = Names(self._exchange)
         self._workers = Workers()
         self._distrust = Distrust(fuse_fd, union, self._workers)
-        self._files = Files(self._exchange, self._distrust.drop, self._distrust.dropping)
+        self._files = Files(self._exchange, self._distrust)
         self._dirs = Dirs(self._exchange)
         self._handlers: list[Handler] = [self._unknown] * wire.OPCODES
         self._fill(self._names.table() | self._files.table() | self._dirs.table())

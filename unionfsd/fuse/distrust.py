@@ -1,4 +1,4 @@
-"""Taking from the kernel what it keeps of a file and believes against what is so: a failed write, an mtime."""
+"""Taking from the kernel what it keeps of a file and believes against what is so: a failed write, a time, a mode."""
 
 from __future__ import annotations
 
@@ -28,6 +28,15 @@ class Distrust:
         self.dropping: set[int] = set()
         """The nodes it is at."""
         self._wanted: set[int] = set()
+
+    def renew(self, nodeid: int) -> None:
+        """In a thread: have the kernel ask for the attributes of `nodeid` anew. Of a regular file it believes its own
+        size and times all the same, where it has a writeback cache."""
+        try:
+            notify.forget_attributes(self._fd, nodeid)
+        except OSError as exc:
+            if exc.errno not in _GONE:
+                raise
 
     def drop(self, nodeid: int) -> None:
         """Begin to; once at a time for a node, and once more if that had begun before."""

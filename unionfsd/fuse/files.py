@@ -16,16 +16,16 @@ from time import monotonic, sleep
 from unionfsd.fuse import abi, wire
 from unionfsd.fuse.abi import Opcode
 from unionfsd.fuse.exchange import Exchange, Handler, Payload, nothing
-from unionfsd.fuse.names import killed
+from unionfsd.fuse.privileges import kill_first
 from unionfsd.steps import Blocking, Calling
 from unionfsd.syscalls import FLAG_CHANGES
 from unionfsd.typed import TYPE_CHECKING, Final, TypeVar
-from unionfsd.union import SetAttr
 
 if TYPE_CHECKING:
+    from unionfsd.fuse.distrust import Distrust
     from unionfsd.fuse.passthrough import Passthrough
     from unionfsd.steps import Op
-    from unionfsd.union import Caller, Found, Union
+    from unionfsd.union import Found
 
 T = TypeVar("T")
 
@@ -42,11 +42,11 @@ _FORGET_S: Final = 0.005
 class Files:
     """The handlers of opening, reading and writing."""
 
-    def __init__(self, exchange: Exchange, drop: Callable[[int], None], dropping: set[int]) -> None:
-        """`drop` is told of nodes whose data the kernel keeps, and could not hand over; `dropping` are those of now."""
+    def __init__(self, exchange: Exchange, distrust: Distrust) -> None:
         self._exchange = exchange
-        self._dropping = dropping
-        self._drop = drop
+        self._dropping = distrust.dropping
+        self._drop = distrust.drop
+        self._renew = distrust.renew
         self._union = exchange.union
         self.handles = True
         """Whether OPEN is answered; False once the kernel was told that it need not send it."""
@@ -179,7 +179,7 @@ class Files:
 
     def _unprivileged(self, op: Op[T], nodeid: int) -> Op[T]:
         """`op` changes the data of a file for somebody without CAP_FSETID: suid and sgid go first."""
-        return _kill_first(op, self._union, nodeid, self._exchange.caller())
+        return kill_first(op, self._union, nodeid, self._exchange.caller(), self._renew)
 
     def _fsync(self, nodeid: int, end: int) -> Payload | None:
         exchange = self._exchange
@@ -224,7 +224,18 @@ class Files:
         op = self._union.ioctl(nodeid, command, exchange.buf[_ARGUMENT:end])
         if self.flush is not None and command in FLAG_CHANGES:
             op = _flushed(op, partial(self.flush, nodeid))
+        if command in FLAG_CHANGES:
+            op = self._seen(op, nodeid)
         return exchange.start(op, _ioctl_out)
+
+    def _seen(self, op: Op[T], nodeid: int) -> Op[T]:
+        """`op` changes the ctime of a node by a request of which the kernel does not know that."""
+        result = yield from op
+        if self.flush is None:
+            yield Calling(partial(self._renew, nodeid))
+        else:
+            self._drop(nodeid)  # it believes its own
+        return result
 
 
 def _wait_for_space(dropping: Set[int], nodes: Set[int]) -> None:
@@ -249,11 +260,4 @@ def _flushed(op: Op[T], flush: Callable[[], None]) -> Op[T]:
     cp(1) would copy holes, and chattr(1) forbid what was written before.
     """
     yield Calling(flush)
-    return (yield from op)
-
-
-def _kill_first(op: Op[T], union: Union, nodeid: int, caller: Caller) -> Op[T]:
-    mode = killed(union.getattr(nodeid).st.st_mode)
-    if mode is not None:
-        yield from union.setattr(nodeid, SetAttr(mode=mode), caller)
     return (yield from op)

@@ -27,7 +27,7 @@ from unionfsd.events import NOBODY, Who
 from unionfsd.fuse.abi import Opcode
 from unionfsd.fuse.acting import Acting
 from unionfsd.fuse.driver import finish, opened
-from unionfsd.fuse.names import killed
+from unionfsd.fuse.privileges import killed
 from unionfsd.logger import get_logger
 from unionfsd.steps import FrozenError
 from unionfsd.typed import TYPE_CHECKING, Any, Final
@@ -258,7 +258,7 @@ class _Operations(pyfuse3.Operations):
     def _emptied(self, nodeid: int, ctx: pyfuse3.RequestContext) -> SetAttr:
         """What O_TRUNC does to a file. libfuse always has the open itself truncate (FUSE_ATOMIC_O_TRUNC), and then the
         kernel leaves it to us to take setuid and setgid off; who has CAP_FSETID we can only guess from the uid."""
-        mode = None if ctx.uid == 0 else killed(self._union.getattr(nodeid).st.st_mode)
+        mode = None if ctx.uid == 0 else killed(self._union.getattr(nodeid).st, _caller(ctx))
         return SetAttr(size=0, mode=mode)
 
     @_handler

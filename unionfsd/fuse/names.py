@@ -13,6 +13,7 @@ from functools import partial
 from unionfsd.fuse import abi, wire
 from unionfsd.fuse.abi import Opcode
 from unionfsd.fuse.exchange import Exchange, Handler, Payload, nothing
+from unionfsd.fuse.privileges import killed
 from unionfsd.syscalls import UTIME_NOW
 from unionfsd.typed import TYPE_CHECKING, Final
 from unionfsd.union import SetAttr
@@ -180,11 +181,11 @@ class Names:
         if valid & abi.FATTR_MODE:
             return mode & _PERMISSIONS
         if valid & abi.FATTR_KILL_SUIDGID:
-            return killed(self._union.getattr(nodeid).st.st_mode)
+            return killed(self._union.getattr(nodeid).st, self._exchange.caller())
         if not valid & _CHANGES:
             st, exchange = self._union.getattr(nodeid).st, self._exchange
             drops = not exchange.by_root and (exchange.header[4] == st.st_uid or nodeid in exchange.unsettled)
-            return killed(st.st_mode) if drops else None
+            return killed(st, exchange.caller()) if drops else None
         return None
 
     # --- extended attributes -----------------------------------------------------------------------------------------
@@ -212,18 +213,6 @@ class Names:
         exchange = self._exchange
         name, _ = wire.tail(exchange.buf, _BODY, end)
         return exchange.start(self._union.removexattr(nodeid, name), nothing)
-
-
-def killed(mode: int) -> int | None:
-    """The permissions left to a regular file of `mode` when somebody without CAP_FSETID changes its data; None: all.
-
-    setgid without group execution is no privilege (it meant mandatory locking) and stays, as in the kernel's
-    setattr_should_drop_suidgid.
-    """
-    left = mode & _PERMISSIONS & ~stat.S_ISUID
-    if mode & stat.S_IXGRP:
-        left &= ~stat.S_ISGID
-    return left if stat.S_ISREG(mode) and left != mode & _PERMISSIONS else None
 
 
 def _then_drop_sgid(op: Op[None], union: Union, nodeid: int, caller: Caller) -> Op[None]:

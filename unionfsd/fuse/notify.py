@@ -77,6 +77,11 @@ def drop(fuse_fd: int, nodeid: int, place: tuple[int, bytes] | None) -> None:
         _write(fuse_fd, abi.FUSE_NOTIFY_INVAL_ENTRY, wire.inval_entry(*place))
 
 
+def forget_attributes(fuse_fd: int, nodeid: int) -> None:
+    """In a thread: have the kernel forget the attributes of `nodeid`, and none of its data."""
+    _write(fuse_fd, abi.FUSE_NOTIFY_INVAL_INODE, wire.INVAL_INODE_OUT.pack(nodeid, -1, 0))
+
+
 def resend(fuse_fd: int) -> bool:
     """Have the kernel send again what was not answered; False where it cannot (before Linux 6.9)."""
     try:

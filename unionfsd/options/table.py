@@ -214,6 +214,12 @@ GROUPS: Final[tuple[tuple[str, tuple[Option, ...]], ...]] = (
             Option("async", Flag(off=MS_SYNCHRONOUS), "Undo `sync`.", default="yes"),
             Option("dirsync", Flag(on=MS_DIRSYNC), "The same for changes of directories."),
             Option(
+                "remount",
+                Refused("only on the command line, to change the flags of a mount: -o remount,ro"),
+                "Change the flags of what is mounted at the mountpoint (`ro`, `rw`, `nodev` and the like); everything "
+                "else stays as it is. Only on the command line.",
+            ),
+            Option(
                 "context",
                 Security(),
                 "SELinux labels, handed to the kernel where it has SELinux, else ignored; likewise `fscontext`, "
@@ -387,7 +393,6 @@ GROUPS: Final[tuple[tuple[str, tuple[Option, ...]], ...]] = (
     (
         "Refused",
         (
-            Option("remount", Refused("for ro, nodev and the like use: mount -i -o remount,..."), "Changing a mount."),
             Option(
                 "plugins",
                 Refused("there are no plugins; name the layers' directories in lowerdir"),
