@@ -8,6 +8,8 @@ import itertools
 import mmap
 import os
 import re
+import struct
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -170,6 +172,49 @@ def _with_bound(disk: Path, nodes: int) -> Path:
     script.write_text(f"#!/bin/sh\nexec '{sys.executable}' -c '{code}' \"$@\"\n")
     script.chmod(0o755)
     return script
+
+
+_IO_SETUP, _IO_DESTROY, _IO_GETEVENTS, _IO_SUBMIT = 206, 207, 208, 209
+"""Of x86_64 (asm/unistd_64.h)."""
+
+
+def test_direct_writes_are_seen_by_readers_who_fill_the_page_cache(layers: Layers) -> None:
+    (layers.upper / "file").write_bytes(bytes(64 * 4096))
+    with Daemon(layers, CHANNEL) as daemon:
+        path = daemon / "file"
+        reader = subprocess.Popen(["sh", "-c", 'while cat "$0" >/dev/null; do :; done', path])
+        try:
+            assert in_child(lambda: _direct_writer(path, 1000)) == []
+        finally:
+            reader.kill()
+            reader.wait()
+
+
+def _direct_writer(path: Path, rounds: int) -> list[int]:
+    """Rounds after whose write, by io_submit(2) with O_DIRECT, somebody who reads sees what was there before."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    context, size = ctypes.c_ulong(0), 64 * 4096
+    assert libc.syscall(_IO_SETUP, 1, ctypes.byref(context)) == 0
+    stale = []
+    with mmap.mmap(-1, size) as memory:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        fd = os.open(path, os.O_RDWR | os.O_DIRECT)
+        for number in range(rounds):
+            wanted = bytes([number % 255 + 1]) * size
+            memory[:] = wanted
+            # struct iocb (linux/aio_abi.h) of IOCB_CMD_PWRITE
+            block = ctypes.create_string_buffer(
+                struct.pack("=QIiHhIQQqQII", 0, 0, 0, 1, 0, fd, address, size, 0, 0, 0, 0)
+            )
+            blocks = (ctypes.c_void_p * 1)(ctypes.addressof(block))
+            assert libc.syscall(_IO_SUBMIT, context, 1, blocks) == 1
+            done = ctypes.create_string_buffer(32)
+            assert libc.syscall(_IO_GETEVENTS, context, 1, 1, done, None) == 1
+            if path.read_bytes() != wanted:
+                stale.append(number)
+        os.close(fd)
+    libc.syscall(_IO_DESTROY, context)
+    return stale
 
 
 def test_a_shared_mapping_and_writes_agree_across_copy_up(layers: Layers) -> None:
