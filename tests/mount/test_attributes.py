@@ -209,6 +209,7 @@ def privileged(directory: Path, permissions: int = 0o6777, *, capable: bool = Tr
     """An executable with setuid, setgid and a capability, that anyone may write."""
     path = directory / "x"
     path.write_bytes(b"#!/bin/true\n")
+    os.chown(path, 0, 7)
     path.chmod(permissions)
     if capable:
         os.setxattr(path, CAPABILITY, capability(13))

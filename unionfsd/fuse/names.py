@@ -35,6 +35,8 @@ _CHANGES: Final = (
     | abi.FATTR_MTIME
     | abi.FATTR_CTIME
 )
+_OWNER: Final = abi.FATTR_UID | abi.FATTR_GID
+"""Here privileges go whoever asks, elsewhere only where somebody without CAP_FSETID does (fuse_do_setattr)."""
 _FLUSHED: Final = abi.FATTR_MTIME | abi.FATTR_CTIME
 """What the kernel sends by itself when it writes back the times it kept (fuse_flush_times)."""
 
@@ -181,7 +183,8 @@ class Names:
         if valid & abi.FATTR_MODE:
             return mode & _PERMISSIONS
         if valid & abi.FATTR_KILL_SUIDGID:
-            return killed(self._union.getattr(nodeid).st, self._exchange.caller())
+            capable = self._exchange.by_root and bool(valid & _OWNER)
+            return killed(self._union.getattr(nodeid).st, self._exchange.caller(), capable=capable)
         if not valid & _CHANGES:
             st, exchange = self._union.getattr(nodeid).st, self._exchange
             drops = not exchange.by_root and (exchange.header[4] == st.st_uid or nodeid in exchange.unsettled)

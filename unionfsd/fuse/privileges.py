@@ -25,14 +25,15 @@ T = TypeVar("T")
 _PERMISSIONS: Final = 0o7777
 
 
-def killed(st: StatLike, caller: Caller) -> int | None:
-    """The permissions left to a regular file when `caller`, who has no CAP_FSETID, changes its data; None: all.
+def killed(st: StatLike, caller: Caller, *, capable: bool = False) -> int | None:
+    """The permissions left to a regular file when `caller` changes its data or its owner; None: all.
 
-    setgid without group execution is no privilege (it meant mandatory locking), and the file's group may keep it.
+    setgid without group execution is no privilege (it meant mandatory locking): the file's group may keep it, and who
+    is `capable` of setting it (CAP_FSETID), which only comes here for an owner.
     """
     mode = st.st_mode
     left = mode & _PERMISSIONS & ~stat.S_ISUID
-    if mode & stat.S_ISGID and (mode & stat.S_IXGRP or not _in_group(caller, st.st_gid)):
+    if mode & stat.S_ISGID and (mode & stat.S_IXGRP or not (capable or _in_group(caller, st.st_gid))):
         left &= ~stat.S_ISGID
     return left if stat.S_ISREG(mode) and left != mode & _PERMISSIONS else None
 
