@@ -91,9 +91,8 @@ def mount_for(sender: int) -> NoReturn:
 
     try:
         given = _words(sys.argv[1:])
-        if given.help or given.version or given.check or given.fake or given.foreground or given.namespace:
-            os._exit(errors.OK)
-        if given.remounts:
+        told = given.help or given.version or given.check or given.fake
+        if told or given.foreground or given.namespace or given.remounts:
             os._exit(errors.OK)
         config = _config(given)
         if config.debug:
