@@ -204,24 +204,31 @@ async def test_an_extended_attribute_longer_than_the_buffer(union: FakeUnion) ->
 
 
 @pytest.mark.parametrize(
-    ("permissions", "gid", "flags", "left"),
+    ("permissions", "ids", "flags", "left"),
     [
-        (0o104755, 1, abi.FUSE_WRITE_KILL_SUIDGID, 0o755),
-        (0o102755, STAT.st_gid, abi.FUSE_WRITE_KILL_SUIDGID, 0o755),
-        (0o102745, STAT.st_gid, abi.FUSE_WRITE_KILL_SUIDGID, None),
-        (0o102745, 1, abi.FUSE_WRITE_KILL_SUIDGID, 0o745),
-        (0o100644, 1, abi.FUSE_WRITE_KILL_SUIDGID, None),
-        (0o104755, 1, 0, None),
+        (0o104755, (5, 1), abi.FUSE_WRITE_KILL_SUIDGID, 0o755),
+        (0o104755, (0, 1), abi.FUSE_WRITE_KILL_SUIDGID, 0o755),
+        (0o102755, (5, STAT.st_gid), abi.FUSE_WRITE_KILL_SUIDGID, 0o755),
+        (0o102745, (5, STAT.st_gid), abi.FUSE_WRITE_KILL_SUIDGID, None),
+        (0o102745, (5, 1), abi.FUSE_WRITE_KILL_SUIDGID, 0o745),
+        (0o102745, (0, 1), abi.FUSE_WRITE_KILL_SUIDGID, None),
+        (0o100644, (5, 1), abi.FUSE_WRITE_KILL_SUIDGID, None),
+        (0o104755, (5, 1), 0, None),
     ],
 )
 async def test_a_write_drops_privileges_when_the_kernel_says_so(
-    union: FakeUnion, monkeypatch: pytest.MonkeyPatch, permissions: int, gid: int, flags: int, left: int | None
+    union: FakeUnion,
+    monkeypatch: pytest.MonkeyPatch,
+    permissions: int,
+    ids: tuple[int, int],
+    flags: int,
+    left: int | None,
 ) -> None:
     """And the kernel is told that the mode is another, before it hears that the write is done."""
     st = union.getattr(1)
     monkeypatch.setattr(union, "getattr", lambda nodeid: st._replace(st=_with_mode(st.st, permissions)))
     async with served(union) as kernel:
-        await kernel.send(Opcode.WRITE, write_in(3, b"data", flags), nodeid=8, gid=gid)
+        await kernel.send(Opcode.WRITE, write_in(3, b"data", flags), nodeid=8, uid=ids[0], gid=ids[1])
         if left is not None:
             told = await kernel.receive()
             assert (told.unique, -told.error) == (0, abi.FUSE_NOTIFY_INVAL_INODE)

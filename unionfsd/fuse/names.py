@@ -35,8 +35,6 @@ _CHANGES: Final = (
     | abi.FATTR_MTIME
     | abi.FATTR_CTIME
 )
-_OWNER: Final = abi.FATTR_UID | abi.FATTR_GID
-"""Here privileges go whoever asks, elsewhere only where somebody without CAP_FSETID does (fuse_do_setattr)."""
 _FLUSHED: Final = abi.FATTR_MTIME | abi.FATTR_CTIME
 """What the kernel sends by itself when it writes back the times it kept (fuse_flush_times)."""
 
@@ -183,8 +181,7 @@ class Names:
         if valid & abi.FATTR_MODE:
             return mode & _PERMISSIONS
         if valid & abi.FATTR_KILL_SUIDGID:
-            capable = self._exchange.by_root and bool(valid & _OWNER)
-            return killed(self._union.getattr(nodeid).st, self._exchange.caller(), capable=capable)
+            return killed(self._union.getattr(nodeid).st, self._exchange.caller())
         if not valid & _CHANGES:
             st, exchange = self._union.getattr(nodeid).st, self._exchange
             drops = not exchange.by_root and (exchange.header[4] == st.st_uid or nodeid in exchange.unsettled)

@@ -25,15 +25,15 @@ T = TypeVar("T")
 _PERMISSIONS: Final = 0o7777
 
 
-def killed(st: StatLike, caller: Caller, *, capable: bool = False) -> int | None:
+def killed(st: StatLike, caller: Caller) -> int | None:
     """The permissions left to a regular file when `caller` changes its data or its owner; None: all.
 
-    setgid without group execution is no privilege (it meant mandatory locking): the file's group may keep it, and who
-    is `capable` of setting it (CAP_FSETID), which only comes here for an owner.
+    setgid without group execution is no privilege (it meant mandatory locking): root, who is taken to have CAP_FSETID
+    over the file, keeps it, and so does the file's group.
     """
     mode = st.st_mode
     left = mode & _PERMISSIONS & ~stat.S_ISUID
-    if mode & stat.S_ISGID and (mode & stat.S_IXGRP or not (capable or _in_group(caller, st.st_gid))):
+    if mode & stat.S_ISGID and (mode & stat.S_IXGRP or not _may_set_gid(caller, st.st_gid)):
         left &= ~stat.S_ISGID
     return left if stat.S_ISREG(mode) and left != mode & _PERMISSIONS else None
 
@@ -50,8 +50,8 @@ def kill_first(op: Op[T], union: Union, nodeid: int, caller: Caller, tell: Calla
     return (yield from op)
 
 
-def _in_group(caller: Caller, gid: int) -> bool:
-    if caller.gid == gid:
+def _may_set_gid(caller: Caller, gid: int) -> bool:
+    if caller.uid == 0 or caller.gid == gid:
         return True
     # Who ended meanwhile, or is of another PID namespace, is in no other group.
     with contextlib.suppress(OSError), open(f"/proc/{caller.pid}/status", "rb") as status:
