@@ -8,9 +8,11 @@ import itertools
 import mmap
 import os
 import re
+import statistics
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -174,6 +176,37 @@ def _with_bound(disk: Path, nodes: int) -> Path:
     return script
 
 
+def test_stats_go_on_while_a_file_is_copied_up(layers: Layers) -> None:
+    """None waits for the copy, and deferred requests of others are served too."""
+    with (layers.lower / "big").open("wb") as big:
+        for _ in range(256):
+            big.write(os.urandom(1 << 20))
+    for number in range(2000):
+        (layers.lower / f"small{number}").touch()
+    with Daemon(layers, CHANNEL) as daemon:
+        waits: list[float] = []
+        done = threading.Event()
+
+        def copy_up() -> None:
+            in_child(lambda: os.truncate(daemon / "big", (256 << 20) - 1))
+            done.set()
+
+        thread = threading.Thread(target=copy_up)
+        thread.start()
+        start = time.monotonic()
+        for number in range(2000):
+            if done.is_set():
+                break
+            before = time.monotonic()
+            os.stat(daemon / f"small{number}")
+            waits.append(time.monotonic() - before)
+        thread.join()
+        took = time.monotonic() - start
+    assert len(waits) > 20
+    assert max(waits) < took / 2
+    assert statistics.median(waits) < 0.01
+
+
 _IO_SETUP, _IO_DESTROY, _IO_GETEVENTS, _IO_SUBMIT = 206, 207, 208, 209
 """Of x86_64 (asm/unistd_64.h)."""
 
@@ -290,6 +323,20 @@ def test_inode_flags_can_be_read_and_set(traced: Daemon) -> None:
 
 def _flags(path: Path) -> str:
     return run("lsattr", path).split()[0]
+
+
+@pytest.mark.parametrize("option", ["io=passthrough", "writeback=off", "writeback=on"])
+def test_chattr_changes_the_ctime_that_is_shown(option: str, layers: Layers) -> None:
+    """Of a regular file the kernel believes its own with a writeback cache, until it has forgotten the file."""
+    (layers.upper / "file").touch()
+    (layers.upper / "d").mkdir()
+    with Daemon(layers, ["transport=channel", option]) as daemon:
+        for name in ("d",) if option == "writeback=on" else ("d", "file"):
+            before = (daemon / name).stat().st_ctime_ns
+            time.sleep(0.02)  # more than a tick of the clock of file times
+            run("chattr", "+A", daemon / name)
+            assert (daemon / name).stat().st_ctime_ns > before
+            assert (daemon / name).stat().st_ctime_ns == (layers.upper / name).stat().st_ctime_ns
 
 
 def test_ioctls_are_answered_as_by_the_layer(traced: Daemon) -> None:

@@ -229,12 +229,13 @@ class Files:
         return exchange.start(op, _ioctl_out)
 
     def _seen(self, op: Op[T], nodeid: int) -> Op[T]:
-        """`op` changes the ctime of a node by a request of which the kernel does not know that."""
+        """`op` changes the ctime of a node by a request of which the kernel does not know that.
+
+        Of a regular file it goes on believing its own with a writeback cache. It could be made to forget the file, but
+        with its name goes what somebody has mounted over it.
+        """
         result = yield from op
-        if self.flush is None:
-            yield Calling(partial(self._renew, nodeid))
-        else:
-            self._drop(nodeid)  # it believes its own
+        yield Calling(partial(self._renew, nodeid))
         return result
 
 
